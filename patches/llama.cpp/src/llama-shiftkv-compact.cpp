@@ -1,0 +1,365 @@
+#include "llama-shiftkv-impl.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+
+// n free cells, in one run if there is one; cells that only seq_id holds count as free
+static std::vector<uint32_t> find_free(const llama_kv_cells & cells, llama_seq_id seq_id, uint32_t n) {
+    std::vector<uint32_t> res;
+
+    const auto is_free = [&](uint32_t i) {
+        return cells.is_empty(i) || (cells.seq_count(i) == 1 && cells.seq_has(i, seq_id));
+    };
+
+    uint32_t n_run = 0;
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        n_run = is_free(i) ? n_run + 1 : 0;
+        if (n_run == n) {
+            for (uint32_t j = i + 1 - n; j <= i; ++j) {
+                res.push_back(j);
+            }
+            return res;
+        }
+    }
+
+    for (uint32_t i = 0; i < cells.size() && res.size() < n; ++i) {
+        if (is_free(i)) {
+            res.push_back(i);
+        }
+    }
+
+    return res;
+}
+
+// calls f(first index, first cell, length) for every run of consecutive cells
+template <typename F>
+static void for_each_run(const std::vector<uint32_t> & cells, F f) {
+    for (size_t i = 0; i < cells.size(); ) {
+        size_t n = 1;
+        while (i + n < cells.size() && cells[i + n] == cells[i] + n) {
+            n++;
+        }
+        f(i, cells[i], n);
+        i += n;
+    }
+}
+
+// a view of the same bytes as another type
+static ggml_tensor * view_as(ggml_context * ctx, ggml_tensor * t, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2, size_t offs) {
+    ggml_tensor * v = ggml_view_1d(ctx, t, ggml_blck_size(t->type), offs);
+
+    v->type  = type;
+    v->ne[0] = ne0;
+    v->ne[1] = ne1;
+    v->ne[2] = ne2;
+    v->nb[0] = ggml_type_size(type);
+    v->nb[1] = nb1;
+    v->nb[2] = nb2;
+    v->nb[3] = nb2*ne2;
+
+    return v;
+}
+
+// copy cells of a [n_head_kv*d, n_cells] cache of rows: idxs[h][i] of src to the cell dst_cells[i] of dst, for every KV head h.
+// as 32-bit integers, which backends move unchanged; what they compute with they may round
+static void build_move_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * src, ggml_tensor * dst, ggml_tensor * idxs, int64_t n_head_kv, const std::vector<uint32_t> & dst_cells) {
+    const int64_t nb_head = src->nb[1]/n_head_kv;
+    const int64_t n_word  = nb_head/sizeof(int32_t);
+    const int64_t n       = idxs->ne[0];
+
+    ggml_tensor * rows = ggml_get_rows(ctx, view_as(ctx, src, GGML_TYPE_I32, n_word, src->ne[1], n_head_kv, src->nb[1], nb_head, 0), idxs);
+
+    for_each_run(dst_cells, [&](size_t i0, uint32_t cell, size_t n_run) {
+        ggml_tensor * from = ggml_view_3d(ctx, rows, n_word, n_run, n_head_kv, n_word*sizeof(int32_t), n_word*n*sizeof(int32_t), i0*n_word*sizeof(int32_t));
+        ggml_tensor * to   = view_as(ctx, dst, GGML_TYPE_I32, n_word, n_run, n_head_kv, dst->nb[1], nb_head, cell*dst->nb[1]);
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, from, to));
+    });
+}
+
+// the same for a transposed cache, in which element e of KV head h has its cells in a row; idxs count from cell c0, of n_cells cells
+static void build_move_cols(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * src, ggml_tensor * dst, ggml_tensor * idxs, int64_t n_head_kv, const std::vector<uint32_t> & dst_cells, uint32_t c0, int64_t n_cells) {
+    const size_t  ts = ggml_type_size(src->type);
+    const int64_t d  = src->ne[0]/n_head_kv;
+    const int64_t n  = idxs->ne[0];
+
+    const int64_t n_word = d*ts/sizeof(int32_t);
+
+    ggml_tensor * t = view_as(ctx, src, src->type, n_cells, d, n_head_kv, src->ne[1]*ts, src->ne[1]*d*ts, c0*ts);
+    t = ggml_cont(ctx, ggml_permute(ctx, t, 1, 0, 2, 3)); // [d, n_cells, n_head_kv]
+
+    ggml_tensor * rows = ggml_get_rows(ctx, view_as(ctx, t, GGML_TYPE_I32, n_word, n_cells, n_head_kv, d*ts, n_cells*d*ts, 0), idxs);
+
+    for_each_run(dst_cells, [&](size_t i0, uint32_t cell, size_t n_run) {
+        ggml_tensor * from = view_as(ctx, rows, src->type, d, n_run, n_head_kv, d*ts, n*d*ts, i0*d*ts);
+        ggml_tensor * to   = view_as(ctx, dst,  src->type, n_run, d, n_head_kv, dst->ne[1]*ts, dst->ne[1]*d*ts, cell*ts);
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_permute(ctx, from, 1, 0, 2, 3), to));
+    });
+}
+
+// rows whose heads are no multiple of 32 bits (some quantized types with some head sizes) go through the host
+static void move_rows_host(ggml_tensor * src, ggml_tensor * dst, const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
+    const size_t nb_row  = src->nb[1];
+    const size_t nb_head = nb_row/idxs.size();
+
+    int32_t c0 = idxs[0][0];
+    int32_t c1 = idxs[0][0] + 1;
+    for (const auto & row : idxs) {
+        const auto [lo, hi] = std::minmax_element(row.begin(), row.end());
+        c0 = std::min(c0, *lo);
+        c1 = std::max(c1, *hi + 1);
+    }
+
+    std::vector<uint8_t> from((c1 - c0)*nb_row);
+    ggml_backend_tensor_get(src, from.data(), c0*nb_row, from.size());
+
+    std::vector<uint8_t> to(dst_cells.size()*nb_row);
+    for (size_t h = 0; h < idxs.size(); ++h) {
+        for (size_t i = 0; i < idxs[h].size(); ++i) {
+            memcpy(to.data() + i*nb_row + h*nb_head, from.data() + (idxs[h][i] - c0)*nb_row + h*nb_head, nb_head);
+        }
+    }
+
+    for_each_run(dst_cells, [&](size_t i0, uint32_t cell, size_t n_run) {
+        ggml_backend_tensor_set(dst, to.data() + i0*nb_row, cell*nb_row, n_run*nb_row);
+    });
+}
+
+bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama_kv_cache & dst, llama_seq_id seq_dst, size_t ikv,
+        const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
+    const uint32_t strm_src = src.get_stream(seq_src);
+    const uint32_t strm_dst = dst.get_stream(seq_dst);
+
+    const int64_t n_head_kv = idxs.size();
+    const int64_t n         = dst_cells.size();
+
+    auto & l_src = src.layers[ikv];
+    auto & l_dst = dst.layers[ikv];
+
+    int32_t c0 = idxs[0][0];
+    int32_t c1 = idxs[0][0] + 1;
+    for (const auto & row : idxs) {
+        const auto [lo, hi] = std::minmax_element(row.begin(), row.end());
+        c0 = std::min(c0, *lo);
+        c1 = std::max(c1, *hi + 1);
+    }
+
+    ggml_tensor * k_src = l_src.k_stream[strm_src];
+    ggml_tensor * v_src = l_src.v_stream[strm_src];
+    ggml_tensor * k_dst = l_dst.k_stream[strm_dst];
+    ggml_tensor * v_dst = l_dst.v_stream[strm_dst];
+
+    const auto whole_words = [&](const ggml_tensor * t) {
+        return t->nb[1]/n_head_kv % sizeof(int32_t) == 0;
+    };
+
+    const bool k_graph = whole_words(k_src);
+    const bool v_graph = src.v_trans || whole_words(v_src);
+
+    if (k_graph || v_graph) {
+        ggml_tensor * inp_idxs     = nullptr; // I32 [n, n_head_kv] cells
+        ggml_tensor * inp_idxs_win = nullptr; // the same, counted from c0
+
+        const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
+            const auto new_idxs = [&]() {
+                ggml_tensor * t = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n, n_head_kv);
+                ggml_set_input(t);
+                return t;
+            };
+            if (k_graph || !src.v_trans) {
+                inp_idxs = new_idxs();
+            }
+            if (k_graph) {
+                build_move_rows(ctx, gf, k_src, k_dst, inp_idxs, n_head_kv, dst_cells);
+            }
+            if (src.v_trans) {
+                inp_idxs_win = new_idxs();
+                build_move_cols(ctx, gf, v_src, v_dst, inp_idxs_win, n_head_kv, dst_cells, c0, c1 - c0);
+            } else if (v_graph) {
+                build_move_rows(ctx, gf, v_src, v_dst, inp_idxs, n_head_kv, dst_cells);
+            }
+        };
+
+        const auto set = [&]() {
+            for (int64_t h = 0; h < n_head_kv; ++h) {
+                if (inp_idxs) {
+                    ggml_backend_tensor_set(inp_idxs, idxs[h].data(), h*inp_idxs->nb[1], n*sizeof(int32_t));
+                }
+                if (inp_idxs_win) {
+                    std::vector<int32_t> win(n);
+                    std::transform(idxs[h].begin(), idxs[h].end(), win.begin(), [&](int32_t c) { return c - c0; });
+                    ggml_backend_tensor_set(inp_idxs_win, win.data(), h*inp_idxs_win->nb[1], n*sizeof(int32_t));
+                }
+            }
+        };
+
+        if (!compute(build, set)) {
+            return false;
+        }
+    }
+
+    if (!k_graph) {
+        move_rows_host(k_src, k_dst, idxs, dst_cells);
+    }
+    if (!v_graph) {
+        move_rows_host(v_src, v_dst, idxs, dst_cells);
+    }
+
+    return true;
+}
+
+int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
+    const auto & hparams = lctx.get_model().hparams;
+
+    if (&dst.get_model() != &lctx.get_model()) {
+        LLAMA_LOG_ERROR("%s: the destination is of another model\n", __func__);
+        return LLAMA_SHIFTKV_ERR_MISMATCH;
+    }
+
+    llama_kv_cache * kv_dst     = nullptr;
+    llama_kv_cache * kv_swa_dst = nullptr;
+
+    if (kv_swa) {
+        if (auto * memory = dynamic_cast<llama_kv_cache_iswa *>(dst.get_memory())) {
+            kv_dst     = memory->get_base();
+            kv_swa_dst = memory->get_swa();
+        }
+    } else {
+        kv_dst = dynamic_cast<llama_kv_cache *>(dst.get_memory());
+    }
+
+    const auto same_layout = [](const llama_kv_cache & a, const llama_kv_cache & b) {
+        if (a.layers.size() != b.layers.size() || a.v_trans != b.v_trans || a.attn_rot_k != b.attn_rot_k || a.attn_rot_v != b.attn_rot_v) {
+            return false;
+        }
+        for (size_t i = 0; i < a.layers.size(); ++i) {
+            if (a.layers[i].k->type != b.layers[i].k->type || a.layers[i].v->type != b.layers[i].v->type || a.layers[i].v->ne[0] != b.layers[i].v->ne[0] ||
+                ggml_backend_buffer_get_type(a.layers[i].k->buffer) != ggml_backend_buffer_get_type(b.layers[i].k->buffer)) {
+                return false;
+            }
+        }
+        return true;
+    };
+
+    if (kv_dst == nullptr || kv_dst->other || !same_layout(*kv, *kv_dst) || (kv_swa && !same_layout(*kv_swa, *kv_swa_dst))) {
+        LLAMA_LOG_ERROR("%s: the destination stores KV pairs differently (KV types, flash attention, offload)\n", __func__);
+        return LLAMA_SHIFTKV_ERR_MISMATCH;
+    }
+
+    lctx.synchronize();
+    dst.synchronize();
+    lctx.memory_update(false);
+    if (&dst != &lctx) {
+        dst.sched_reserve();
+        dst.memory_update(false);
+    }
+
+    // what was selected must still be there
+    {
+        std::vector<uint32_t> cells;
+        if (seq_id != sel.seq_id || collect(cells) != LLAMA_SHIFTKV_OK || cells != sel.cells) {
+            return LLAMA_SHIFTKV_ERR_STALE;
+        }
+    }
+
+    const bool in_place = &dst == &lctx && seq_dst == sel.seq_id;
+
+    if (in_place && sel.info.n_kept == sel.info.n_prompt) {
+        return LLAMA_SHIFTKV_OK;
+    }
+
+    // source cells by KV head, and the positions that the destination's cells carry
+    struct move {
+        llama_kv_cache & src;
+        llama_kv_cache & dst;
+
+        std::vector<std::vector<std::vector<int32_t>>> idxs; // per layer of the cache and KV head
+        std::vector<uint32_t> cells_meta;                    // source cells whose positions are taken over
+        std::vector<uint32_t> cells_dst;
+    };
+    std::vector<move> moves;
+
+    {
+        move m = { *kv, *kv_dst, {}, {}, {} };
+
+        m.idxs.resize(kv->layers.size());
+        for (size_t i = 0; i < layers.size(); ++i) {
+            for (const auto & kept : sel.kept[i]) {
+                std::vector<int32_t> row(kept.size());
+                std::transform(kept.begin(), kept.end(), row.begin(), [&](int32_t t) { return sel.cells[t]; });
+                m.idxs[layers[i].ikv].push_back(std::move(row));
+            }
+        }
+        m.cells_meta.assign(sel.cells.end() - sel.info.n_kept, sel.cells.end());
+
+        moves.push_back(std::move(m));
+    }
+
+    if (kv_swa && !in_place) {
+        move m = { *kv_swa, *kv_swa_dst, {}, {}, {} };
+
+        const auto & cells = kv_swa->get_cells(sel.seq_id);
+        const llama_pos n_past = cells.seq_pos_max(sel.seq_id) + 1;
+
+        for (const auto & [pos, cell] : cells.seq_pos_get(sel.seq_id)) {
+            if (!llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos, n_past)) {
+                m.cells_meta.push_back(cell);
+            }
+        }
+        for (const auto & l : kv_swa->layers) {
+            m.idxs.emplace_back(hparams.n_head_kv(l.il), std::vector<int32_t>(m.cells_meta.begin(), m.cells_meta.end()));
+        }
+
+        moves.push_back(std::move(m));
+    }
+
+    for (auto & m : moves) {
+        m.cells_dst = find_free(m.dst.get_cells(seq_dst), seq_dst, m.cells_meta.size());
+        if (m.cells_dst.size() < m.cells_meta.size()) {
+            LLAMA_LOG_ERROR("%s: the destination has room for %zu of %zu cells\n", __func__, m.cells_dst.size(), m.cells_meta.size());
+            return LLAMA_SHIFTKV_ERR_NO_SPACE;
+        }
+    }
+
+    for (auto & m : moves) {
+        struct meta {
+            llama_pos         pos;
+            llama_kv_cell_ext ext;
+        };
+        std::vector<meta> metas;
+        for (const uint32_t cell : m.cells_meta) {
+            const auto & cells = m.src.get_cells(sel.seq_id);
+            metas.push_back({ cells.pos_get(cell), cells.ext_get(cell) });
+        }
+
+        m.dst.seq_rm(seq_dst, -1, -1);
+
+        // the graph reads all that it needs of a layer before it writes, so source and destination may overlap
+        for (size_t ikv = 0; ikv < m.idxs.size(); ++ikv) {
+            if (!move_layer(m.src, sel.seq_id, m.dst, seq_dst, ikv, m.idxs[ikv], m.cells_dst)) {
+                dst.get_memory()->seq_rm(seq_dst, -1, -1);
+                return LLAMA_SHIFTKV_ERR_COMPUTE;
+            }
+        }
+
+        auto & cells = m.dst.v_cells[m.dst.get_stream(seq_dst)];
+        for (size_t i = 0; i < metas.size(); ++i) {
+            cells.pos_set(m.cells_dst[i], metas[i].pos);
+            cells.ext_set(m.cells_dst[i], metas[i].ext);
+            cells.seq_add(m.cells_dst[i], seq_dst);
+        }
+    }
+
+    // in the context that captures, these cells no longer hold what was captured
+    if (&dst == &lctx) {
+        for (const uint32_t cell : moves[0].cells_dst) {
+            cell_ord[(size_t) kv->get_stream(seq_dst)*kv->get_size() + cell] = -1;
+        }
+    }
+
+    return LLAMA_SHIFTKV_OK;
+}
