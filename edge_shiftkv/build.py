@@ -29,6 +29,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -77,9 +78,23 @@ _BUILD_ENVIRONMENT = (
     "MACOSX_DEPLOYMENT_TARGET",
 )
 
-# The wheel ships libllama, libggml* and libmtmd; upstream's CMakeLists.txt forces llama.cpp's helper library for its
-# command-line tools on as well, which nothing in the wheel loads: 3 of 7 minutes. A variable set here shadows that.
-_LIBRARIES_ONLY = "set(LLAMA_BUILD_COMMON OFF)\n"
+# Included by CMake before upstream's CMakeLists.txt. Both changes leave the libraries in the wheel as they are.
+_CMAKE_INCLUDE = """\
+# Upstream forces the helper library of llama.cpp's command-line tools on, which nothing in the wheel loads and which
+# takes 3 of 7 minutes; a plain variable shadows the forced cache entry.
+set(LLAMA_BUILD_COMMON OFF)
+
+# ggml passes GGML_USE_<BACKEND> on to everything that links it, though only its own registry reads it: without that,
+# building another backend does not recompile libllama and libmtmd.
+function(edge_shiftkv_keep_backend_macros_private)
+    get_target_property(definitions ggml INTERFACE_COMPILE_DEFINITIONS)
+    if(definitions)
+        list(FILTER definitions EXCLUDE REGEX "^GGML_USE_")
+        set_target_properties(ggml PROPERTIES INTERFACE_COMPILE_DEFINITIONS "${definitions}")
+    endif()
+endfunction()
+cmake_language(DEFER CALL edge_shiftkv_keep_backend_macros_private)
+"""
 
 Report = Callable[[str], None]
 
@@ -121,7 +136,7 @@ def build_wheel(options: Options, report: Report = print) -> Path:
     """Return the path of the wheel for `options`, building it unless the cache has it.
 
     Raises BuildError when the sdist cannot be had or differs from the pinned one, a patch does not apply, a tool is
-    missing or the compile fails. A failed build adds nothing to the wheel cache.
+    missing or the compile fails, and OSError when the cache cannot be written. A failed build adds no wheel to it.
     """
     cache = default_cache_dir()
     patches = {} if options.stock else read_patches(patches_dir())
@@ -130,7 +145,7 @@ def build_wheel(options: Options, report: Report = print) -> Path:
         report(f"cached: {wheel}")
         return wheel
     _require_compiler()
-    _make_dir(cache)
+    cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache, report):
         if wheel := _only_wheel(finished):  # another process built it while this one waited
             return wheel
@@ -138,14 +153,11 @@ def build_wheel(options: Options, report: Report = print) -> Path:
         report("preparing the source tree")
         sync_tree(_desired_tree(sdist, options, patches), cache / "src")
         with tempfile.TemporaryDirectory(dir=cache, prefix="wheel-") as work:
-            _compile(cache, options, Path(work), report)
+            wheel = _compile(cache, options, Path(work) / "wheel", report)
             finished.parent.mkdir(exist_ok=True)
             shutil.rmtree(finished, ignore_errors=True)
-            os.replace(work, finished)
-            Path(work).mkdir()  # for TemporaryDirectory to remove
-    wheel = _only_wheel(finished)
-    assert wheel is not None
-    return wheel
+            wheel.parent.replace(finished)
+    return finished / wheel.name
 
 
 def install_wheel(wheel: Path, report: Report = print) -> None:
@@ -185,7 +197,7 @@ def cache_key(options: Options, patches: Mapping[str, bytes], cpu: str) -> str:
     ingredients = {
         "sdist": SDIST_SHA256,
         "version": options.version,
-        "backend": [_BACKEND, _LIBRARIES_ONLY],
+        "backend": [_BACKEND, _CMAKE_INCLUDE],
         "patches": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(patches.items())},
         "cmake": options.cmake(),
         "environment": {name: os.environ[name] for name in _BUILD_ENVIRONMENT if name in os.environ},
@@ -308,7 +320,7 @@ def _fetch_sdist(cache: Path, report: Report) -> Path:
         downloaded = Path(work) / path.name
         if not downloaded.is_file() or _sha256(downloaded) != SDIST_SHA256:
             raise BuildError(f"{path.name}: pip downloaded something else than the pinned sdist")
-        os.replace(downloaded, path)
+        downloaded.replace(path)
     return path
 
 
@@ -323,8 +335,9 @@ def _tools(cache: Path, requirements: list[str], report: Report) -> Path:
         report(f"installing the build tools: {', '.join(requirements)}")
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="tools-") as work:
-            _pip("install", "--target", str(Path(work) / "t"), *requirements)
-            os.replace(Path(work) / "t", folder)
+            installed = Path(work) / "tools"
+            _pip("install", "--target", str(installed), *requirements)
+            installed.replace(folder)
     return folder
 
 
@@ -338,14 +351,14 @@ with open(answer, "w", encoding="utf-8") as file:
 """
 
 
-def _compile(cache: Path, options: Options, wheel_dir: Path, report: Report) -> None:
-    """Build the wheel for the synced source tree into `wheel_dir` through the PEP 517 hooks, as pip would."""
+def _compile(cache: Path, options: Options, wheel_dir: Path, report: Report) -> Path:
+    """Build the synced source tree's wheel into the new folder `wheel_dir` through the PEP 517 hooks, as pip would."""
     source, build = cache / "src", cache / "build"
     _discard_foreign_objects(build, options)
     # Options of an earlier build must not leak into this one; ninja still knows which objects are up to date.
     (build / "CMakeCache.txt").unlink(missing_ok=True)
-    include = cache / "libraries-only.cmake"
-    include.write_text(_LIBRARIES_ONLY)
+    include = cache / "include.cmake"
+    include.write_text(_CMAKE_INCLUDE, encoding="utf-8")
     settings = {
         "build-dir": str(build),
         "cmake.args": [f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={include.as_posix()}", *options.cmake()],
@@ -353,7 +366,7 @@ def _compile(cache: Path, options: Options, wheel_dir: Path, report: Report) -> 
         "ninja.make-fallback": "false",
     }
     log = cache / "build.log"
-    with tempfile.TemporaryDirectory(dir=cache, prefix="hook-") as work, log.open("w", encoding="utf-8") as log_file:
+    with tempfile.TemporaryDirectory(dir=cache, prefix="hook-") as work, log.open("w", 1, encoding="utf-8") as log_file:
         answer = Path(work) / "answer.json"
 
         def call(hook: str, arguments: list[object], tools: Path) -> object:
@@ -367,10 +380,10 @@ def _compile(cache: Path, options: Options, wheel_dir: Path, report: Report) -> 
                 text=True,
                 errors="replace",
             )
-            assert process.stdout is not None
-            with process:
-                for line in _with_progress(process.stdout, report):
+            with process, _Progress(report) as progress:
+                for line in process.stdout or ():
                     log_file.write(line)
+                    progress.see(line)
             if process.returncode:
                 log_file.flush()
                 raise BuildError(f"{_first_error(log)} (full log: {log})")
@@ -386,37 +399,68 @@ def _compile(cache: Path, options: Options, wheel_dir: Path, report: Report) -> 
     wheel = _only_wheel(wheel_dir)
     if wheel is None or wheel.name.split("-")[1] != options.version:
         raise BuildError(f"the build gave no wheel of version {options.version} (full log: {log})")
+    return wheel
 
 
 def _discard_foreign_objects(build: Path, options: Options) -> None:
-    """Empty the CMake tree when its objects were compiled for another CPU: ``-march=native`` looks the same to ninja."""
-    stamp = build / "edge-shiftkv-cpu.txt"
-    cpu = cpu_features() if options.native else ""
-    if build.is_dir() and (not stamp.is_file() or stamp.read_text(encoding="utf-8") not in ("", cpu)) and cpu:
-        shutil.rmtree(build)
-    build.mkdir(exist_ok=True)
-    if cpu:
+    """Empty the CMake tree when its objects are for another CPU: ``-march=native`` looks the same to ninja."""
+    if options.native:
+        stamp, cpu = build / "edge-shiftkv-cpu.txt", cpu_features()
+        if stamp.is_file() and stamp.read_text(encoding="utf-8") != cpu:
+            shutil.rmtree(build)
+        build.mkdir(exist_ok=True)
         stamp.write_text(cpu, encoding="utf-8")
 
 
-def _with_progress(lines: Iterator[str] | io.TextIOBase, report: Report) -> Iterator[str]:
-    """Pass `lines` on, reporting ninja's ``[n/m]`` in place on a terminal and every 10 % (or minute) elsewhere."""
-    terminal = sys.stdout.isatty() and report is print
-    started = last_report = time.monotonic()
-    last_tenth = 0
-    for line in lines:
-        yield line
+class _Progress:
+    """Report ninja's ``[n/m]``: in place on a terminal, elsewhere a line every 10 % and for every silent minute."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._terminal = report is print and sys.stdout.isatty()
+        self._started = time.monotonic()
+        self._done, self._total, self._tenth = 0, 0, 0
+        self._news = threading.Event()
+        self._ended = False
+        self._watch = threading.Thread(target=self._report_silence, daemon=True)
+
+    def __enter__(self) -> _Progress:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._news.set()
+        self._watch.join()
+        if self._terminal and self._total:
+            print()
+
+    def see(self, line: str) -> None:
+        """Take notice of one line of the build's output."""
         step = re.match(r"\[\s*(\d+)/(\d+)\]", line)
-        if not step:
-            continue
-        done, total = int(step[1]), int(step[2])
-        now = time.monotonic()
-        tenth = 10 * done // total
-        if terminal:
-            print(f"\r[{done}/{total}] {now - started:.0f} s", end="" if done < total else "\n", flush=True)
-        elif tenth > last_tenth or now - last_report > 60:
-            report(f"[{done}/{total}] {now - started:.0f} s")
-            last_tenth, last_report = tenth, now
+        if not step or int(step[2]) < self._total:  # a small total is that of a helper built within the build
+            return
+        if int(step[2]) > self._total:
+            self._tenth = 0
+        self._done, self._total = int(step[1]), int(step[2])
+        if self._terminal or 10 * self._done // self._total > self._tenth:
+            self._tenth = 10 * self._done // self._total
+            self._show()
+
+    def _show(self) -> None:
+        step = f"[{self._done}/{self._total}] " if self._total else ""
+        text = f"{step}{time.monotonic() - self._started:.0f} s"
+        if self._terminal:
+            print(f"\r{text}", end="", flush=True)
+        else:
+            self._report(text)
+        self._news.set()
+
+    def _report_silence(self) -> None:
+        while not self._ended:
+            if not self._news.wait(timeout=60):
+                self._show()
+            self._news.clear()
 
 
 def _first_error(log: Path) -> str:
@@ -452,7 +496,7 @@ def _pip(*arguments: str, path: Path | None = None) -> None:
         if "DO NOT MATCH THE HASHES" in result.stderr:
             got = re.search(r"Got\s+([0-9a-f]{64})", result.stderr)
             raise BuildError(
-                f"llama-cpp-python {UPSTREAM_VERSION}: the sdist's sha256 is {got[1] if got else 'not the pinned one'}, "
+                f"llama-cpp-python {UPSTREAM_VERSION}: the sdist's sha256 is {got[1] if got else 'another'}, "
                 f"expected {SDIST_SHA256}"
             )
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")]
@@ -481,13 +525,6 @@ def _is_installed(wheel: Path) -> bool:
 
 def _only_wheel(folder: Path) -> Path | None:
     return next(folder.glob("*.whl"), None)
-
-
-def _make_dir(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"cannot create the cache directory {path}: {error.strerror}") from error
 
 
 @contextmanager

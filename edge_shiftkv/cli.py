@@ -36,7 +36,11 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         )
     parser.add_argument("--no-native", action="store_true", help="do not tune the library for this machine's CPU")
     parser.add_argument(
-        "--cmake-arg", action="append", default=[], metavar="-D...", help="hand one argument to CMake; repeatable"
+        "--cmake-arg",
+        action="append",
+        default=[],
+        metavar="-D...",
+        help="hand one argument to CMake, as in --cmake-arg=-DGGML_RPC=ON; repeatable",
     )
     parser.add_argument("--stock", action="store_true", help="build the unpatched library instead, for comparison")
     parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="also copy the wheel to DIR")
@@ -60,7 +64,7 @@ def _build(arguments: argparse.Namespace) -> int:
             print(f"wheel: {shutil.copy2(wheel, arguments.wheel_dir)}")
         if not arguments.no_install:
             build.install_wheel(wheel)
-    except build.BuildError as error:
+    except (build.BuildError, OSError) as error:
         print(f"edge-shiftkv build: {error}", file=sys.stderr)
         return 1
     return 0

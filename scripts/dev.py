@@ -1,0 +1,132 @@
+"""Set up everything in ``.venv`` and run the demo or the tests: ``python3 scripts/dev.py demo`` or ``... test``.
+
+Needs Python 3.10 or newer with venv, and a C++ compiler. What follows the command goes on to ``edge-shiftkv demo`` or
+to pytest. The first run builds llama.cpp, which takes minutes; later ones reuse the environment and the builder's cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+LIBRARIES = ROOT / "build" / "libraries"
+
+# The builder's dependencies in pyproject.toml. The project itself is only installed once the patched library is there,
+# as pip would build the stock one to satisfy its dependency on llama-cpp-python.
+BUILDER_REQUIREMENTS = ("filelock>=3.12", "platformdirs>=4", "unidiff>=1.0")
+
+VULKAN_PACKAGES = ("glslc", "libvulkan-dev", "mesa-vulkan-drivers", "spirv-headers")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return the exit status of the first step that fails, or 0."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - run by whatever python3 there is
+        print("edge_shiftkv needs Python 3.10 or newer", file=sys.stderr)
+        return 1
+    commands = {"demo": demo, "test": test}
+    if not arguments or arguments[0] not in commands:
+        print("usage: dev.py demo|test [ARGUMENT...]", file=sys.stderr)
+        return 2
+    try:
+        commands[arguments[0]](arguments[1:])
+    except subprocess.CalledProcessError as error:
+        # The failed command has said why.
+        return int(error.returncode)
+    return 0
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Build and install the patched library and the project, then run the demo."""
+    make_environment()
+    build()
+    pip("install", "--editable", ".")
+    python("-m", "edge_shiftkv_cli", "demo", *arguments)
+
+
+def test(arguments: Sequence[str]) -> None:
+    """Build all variants of the library, install the project, check style and types, then run the tests.
+
+    The stock build comes first: the patched one, and that with Vulkan, then only compile what they add.
+    """
+    make_environment()
+    environment = {"EDGE_SHIFTKV_STOCK_LIB": str(build_library("stock", "--stock"))}
+    build()
+    if make_vulkan_available():
+        environment["EDGE_SHIFTKV_VULKAN_LIB"] = str(build_library("vulkan", "--vulkan"))
+    pip("install", "--editable", ".[test,dev]")
+    python("-m", "ruff", "format", "--check", "--quiet", ".")
+    python("-m", "ruff", "check", "--quiet", ".")
+    python("-m", "mypy")
+    python("-m", "pytest", *arguments, environment=environment)
+
+
+def make_environment() -> None:
+    """Create ``.venv`` with what the builder imports."""
+    if not PYTHON.exists():
+        print(f"creating {VENV}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    pip("install", *BUILDER_REQUIREMENTS)
+
+
+def build(*options: str) -> None:
+    """Run ``edge-shiftkv build`` from the checkout."""
+    python("edge_shiftkv_cli.py", "build", *options)
+
+
+def build_library(name: str, option: str) -> Path:
+    """Build a variant without installing it; return a folder with its shared libraries."""
+    target = LIBRARIES / name
+    shutil.rmtree(target, ignore_errors=True)
+    build(option, "--no-install", "--wheel-dir", str(target))
+    (wheel,) = target.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if member.startswith("llama_cpp/lib/"):
+                (target / Path(member).name).write_bytes(archive.read(member))
+    return target
+
+
+def make_vulkan_available() -> bool:
+    """Whether the Vulkan variant can be built here, after installing Debian's packages where that needs no password."""
+    if not sys.platform.startswith("linux") or not shutil.which("dpkg-query"):
+        print("no Vulkan build: its packages are only installed on Debian and its relatives", flush=True)
+        return False
+    query = ["dpkg-query", "--show", "--showformat", "${db:Status-Status}\\n", *VULKAN_PACKAGES]
+    states = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    if states == ["installed"] * len(VULKAN_PACKAGES):
+        return True
+    become_root = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]
+    apt = [*become_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet", "--quiet"]
+    print(f"installing {' '.join(VULKAN_PACKAGES)}", flush=True)
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *VULKAN_PACKAGES]):
+        try:
+            result = subprocess.run([*apt, *command], stdout=subprocess.DEVNULL, check=False)
+        except FileNotFoundError:  # neither root nor sudo
+            return False
+        if result.returncode:
+            print(f"no Vulkan build: apt-get {command[0]} failed", flush=True)
+            return False
+    return True
+
+
+def pip(*arguments: str) -> None:
+    """Run pip in ``.venv``."""
+    python("-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def python(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    """Run ``.venv``'s Python in the checkout; raise CalledProcessError when it fails."""
+    print(f"$ python {' '.join(arguments)}", flush=True)
+    subprocess.run([str(PYTHON), *arguments], cwd=ROOT, env={**os.environ, **(environment or {})}, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,251 @@
+"""The builder, with a stub in place of the compiler: the real compile is what set up the environment of these tests."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from edge_shiftkv import build, cli
+from edge_shiftkv._paths import patches_dir
+from edge_shiftkv.build import BuildError, Options
+
+SOURCE = "vendor/llama.cpp/src/a.cpp"
+PATCH = f"""\
+--- a/{SOURCE}
++++ b/{SOURCE}
+@@ -1,3 +1,4 @@
+ one
++one and a half
+ two
+ three
+"""
+
+# A PEP 517 backend in place of scikit-build-core: it prints progress as ninja does and packs the version it finds.
+BACKEND = """
+import os, re, sys, zipfile
+def get_requires_for_build_wheel(settings):
+    return []
+def build_wheel(folder, settings):
+    for step in range(1, 41):
+        print(f"[{step}/40] Building a.cpp.o")
+    if os.environ.get("STUB_FAILS"):
+        print("a.cpp:1:2: error: boom")
+        sys.exit(1)
+    version = re.search('__version__ = "(.*)"', open("llama_cpp/__init__.py").read())[1]
+    name = f"llama_cpp_python-{version}-py3-none-any.whl"
+    os.makedirs(folder)
+    with zipfile.ZipFile(os.path.join(folder, name), "w") as wheel:
+        wheel.writestr(f"llama_cpp_python-{version}.dist-info/METADATA", f"Version: {version}")
+        wheel.write("vendor/llama.cpp/src/a.cpp", "llama_cpp/lib/a.cpp")
+    return name
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a small sdist in it, a folder of patches and the stub backend."""
+    cache, patches, tools = tmp_path / "cache", tmp_path / "patches", tmp_path / "tools"
+    (cache / "sdist").mkdir(parents=True)
+    sdist = cache / "sdist" / "llama_cpp_python-0.3.36.tar.gz"
+    with tarfile.open(sdist, "w:gz") as archive:
+        for name, text in {"llama_cpp/__init__.py": '__version__ = "0.3.36"\n', SOURCE: "one\ntwo\nthree\n"}.items():
+            member = tarfile.TarInfo(f"llama_cpp_python-0.3.36/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    (patches / "llama.cpp/src").mkdir(parents=True)
+    (patches / "0001-a.patch").write_text(PATCH, newline="\n")
+    (patches / "llama.cpp/src/own.cpp").write_text("own\n", newline="\n")
+    (tools / "scikit_build_core/build").mkdir(parents=True)
+    (tools / "scikit_build_core/__init__.py").touch()
+    (tools / "scikit_build_core/build/__init__.py").write_text(BACKEND)
+    monkeypatch.setenv("EDGE_SHIFTKV_CACHE", str(cache))
+    monkeypatch.setattr(build, "SDIST_SHA256", build._sha256(sdist))
+    monkeypatch.setattr(build, "patches_dir", lambda: patches)
+    monkeypatch.setattr(build, "_tools", lambda *_: tools)
+    return tmp_path
+
+
+def wheels(workshop: Path) -> list[Path]:
+    return list((workshop / "cache").rglob("*.whl"))
+
+
+def leftovers(workshop: Path) -> set[str]:
+    """What lies in the cache besides the things that are kept there."""
+    kept = {"sdist", "src", "build", "build.log", "lock", "include.cmake", "wheels"}
+    return {path.name for path in (workshop / "cache").iterdir()} - kept
+
+
+def test_a_wheel_is_built_once(workshop: Path) -> None:
+    said: list[str] = []
+    wheel = build.build_wheel(Options(), said.append)
+    assert wheel.name == f"llama_cpp_python-{build.WHEEL_VERSION}-py3-none-any.whl"
+    assert [line.split()[0] for line in said if line.startswith("[")] == [f"[{n}/40]" for n in range(4, 41, 4)]
+    assert (workshop / "cache/src" / SOURCE).read_text() == "one\none and a half\ntwo\nthree\n"
+    assert (workshop / "cache/src/vendor/llama.cpp/src/own.cpp").read_text() == "own\n"
+
+    said.clear()
+    assert build.build_wheel(Options(), said.append) == wheel
+    assert said == [f"cached: {wheel}"]
+    assert leftovers(workshop) == set()
+
+
+def test_stock_is_the_untouched_sdist(workshop: Path) -> None:
+    build.build_wheel(Options(), list[str]().append)
+    wheel = build.build_wheel(Options(stock=True), list[str]().append)
+    assert wheel.name == "llama_cpp_python-0.3.36-py3-none-any.whl"
+    assert (workshop / "cache/src" / SOURCE).read_text() == "one\ntwo\nthree\n"
+    assert not (workshop / "cache/src/vendor/llama.cpp/src/own.cpp").exists()
+
+
+def test_the_installed_library_has_the_local_version() -> None:
+    import llama_cpp
+
+    assert version("llama-cpp-python") == build.WHEEL_VERSION == llama_cpp.__version__
+
+
+def test_a_failed_compile_installs_and_keeps_nothing(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STUB_FAILS", "1")
+    monkeypatch.setattr(build, "install_wheel", lambda *_: pytest.fail("installed after a failed build"))
+    assert cli.main(["build"]) == 1
+    log = workshop / "cache/build.log"
+    assert capsys.readouterr().err == f"edge-shiftkv build: a.cpp:1:2: error: boom (full log: {log})\n"
+    assert wheels(workshop) == []
+    assert leftovers(workshop) == set()
+
+    monkeypatch.delenv("STUB_FAILS")
+    assert build.build_wheel(Options(), list[str]().append).is_file()
+
+
+def test_a_failed_install_leaves_the_library_alone(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = build.build_wheel(Options(), list[str]().append)
+    calls = []
+
+    def fail(*arguments: str) -> None:
+        calls.append(arguments)
+        raise BuildError("pip install failed: no network")
+
+    monkeypatch.setattr(build, "_pip", fail)
+    with pytest.raises(BuildError, match="no network"):
+        build.install_wheel(wheel)
+    assert calls == [("install",)], "the dependencies come first, the library only after them"
+
+
+def test_an_sdist_with_another_hash_is_refused(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sdist = workshop / "cache/sdist/llama_cpp_python-0.3.36.tar.gz"
+    (workshop / "index").mkdir()
+    sdist.rename(workshop / "index" / sdist.name)
+    monkeypatch.setattr(build, "SDIST_SHA256", "0" * 64)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(workshop / "index"))
+    assert cli.main(["build"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "sha256" in error
+    assert "0" * 64 in error
+    assert not sdist.exists()
+    assert wheels(workshop) == []
+    assert leftovers(workshop) == set()
+
+
+def test_a_patch_that_does_not_apply_is_named(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workshop / "patches/0002-late.patch").write_text(PATCH)  # what it changes is not there any more after the first
+    assert cli.main(["build"]) == 1
+    assert capsys.readouterr().err == f"edge-shiftkv build: 0002-late.patch: does not apply to {SOURCE} at line 1\n"
+    assert not (workshop / "cache/src").exists()
+    assert wheels(workshop) == []
+
+
+@pytest.mark.parametrize(
+    ("patches", "message"),
+    [
+        (
+            {"p.patch": PATCH.replace("@@ -1,3 +1,4 @@", "@@ -2,3 +2,4 @@").encode()},
+            f"p.patch: does not apply to {SOURCE}",
+        ),
+        ({"p.patch": PATCH.replace(" two", " 2").encode()}, f"p.patch: does not apply to {SOURCE}"),
+        ({"p.patch": PATCH.replace("/a.cpp", "/b.cpp").encode()}, "p.patch: vendor/llama.cpp/src/b.cpp: patches only"),
+        ({"p.patch": PATCH.replace("1,4", "1,9").encode()}, "p.patch: not a unified diff"),
+        ({"p.patch": b"words\n"}, "p.patch: not a unified diff"),
+        ({"llama.cpp/src/a.cpp": b"own\n"}, f"llama.cpp/src/a.cpp: would replace {SOURCE}"),
+    ],
+)
+def test_patches_apply_strictly(patches: dict[str, bytes], message: str) -> None:
+    with pytest.raises(BuildError, match=f"^{message}"):
+        build.patched_files({SOURCE: b"one\ntwo\nthree\n"}, patches)
+
+
+def test_patches_apply_in_name_order_and_several_hunks_at_once() -> None:
+    original = "".join(f"{n}\n" for n in range(1, 21)).encode()
+    first = f"--- a/{SOURCE}\n+++ b/{SOURCE}\n@@ -1,2 +1,1 @@\n-1\n 2\n@@ -19,2 +18,3 @@\n 19\n+19.5\n 20\n"
+    second = f"--- a/{SOURCE}\n+++ b/{SOURCE}\n@@ -18,0 +19,1 @@\n+19.2\n"
+    patched = build.patched_files({SOURCE: original}, {"2.patch": second.encode(), "1.patch": first.encode()})
+    expected = [*(str(n) for n in range(2, 20)), "19.2", "19.5", "20"]
+    assert patched == {SOURCE: "".join(f"{line}\n" for line in expected).encode()}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Visual Studio is not looked for on PATH")
+def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    environment |= {"PATH": "", "EDGE_SHIFTKV_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "edge_shiftkv_cli", "build"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("edge-shiftkv build: no C compiler found (looked for cc, gcc, clang)")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_build_command_works_without_llama_cpp(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('no library yet')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "edge_shiftkv_cli", "build", "--help"]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+
+
+def test_every_ingredient_changes_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    patches = {"0001-a.patch": b"x", "llama.cpp/src/own.cpp": b"y"}
+    keys = [
+        build.cache_key(Options(), patches, "cpu"),
+        build.cache_key(Options(), patches, "another cpu"),
+        build.cache_key(Options(), {**patches, "0001-a.patch": b"z"}, "cpu"),
+        build.cache_key(Options(), {**patches, "llama.cpp/src/own.cpp": b"z"}, "cpu"),
+        build.cache_key(Options(), {"0002-a.patch": b"x", "llama.cpp/src/own.cpp": b"y"}, "cpu"),
+        build.cache_key(Options(native=False), patches, "cpu"),
+        build.cache_key(Options(stock=True), patches, "cpu"),
+        build.cache_key(Options(cmake_args=("-DGGML_RPC=ON",)), patches, "cpu"),
+        *(build.cache_key(Options(frozenset({name})), patches, "cpu") for name in ("cuda", "metal", "vulkan")),
+    ]
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    keys.append(build.cache_key(Options(), patches, "cpu"))
+    monkeypatch.setattr(build, "SDIST_SHA256", "0" * 64)
+    keys.append(build.cache_key(Options(), patches, "cpu"))
+    assert len(set(keys)) == len(keys)
+
+
+def test_options_reach_cmake() -> None:
+    options = Options(frozenset({"vulkan", "cuda"}), native=False, cmake_args=("-DGGML_RPC=ON",))
+    assert options.cmake() == ["-DGGML_NATIVE=OFF", "-DGGML_CUDA=ON", "-DGGML_VULKAN=ON", "-DGGML_RPC=ON"]
+
+
+def test_sync_writes_only_what_differs(tmp_path: Path) -> None:
+    assert build.sync_tree({"a": b"1", "d/b": b"2", "d/c": b"3"}, tmp_path) == {"a", "d/b", "d/c"}
+    before = (tmp_path / "d/b").stat().st_mtime_ns
+    assert build.sync_tree({"a": b"1!", "d/b": b"2", "e": b"4"}, tmp_path) == {"a", "e"}
+    assert (tmp_path / "d/b").stat().st_mtime_ns == before
+    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"a": b"1!", "d/b": b"2", "e": b"4"}
+
+
+def test_the_shipped_patches_are_found() -> None:
+    assert (patches_dir() / "9000-vulkan-old-headers.patch").is_file()
