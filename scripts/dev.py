@@ -1,7 +1,7 @@
 """Set up everything in ``.venv`` and run the demo or the tests: ``python3 scripts/dev.py demo`` or ``... test``.
 
 Needs Python 3.10 or newer with venv, and a C++ compiler. What follows the command goes on to ``edge-shiftkv demo`` or
-to pytest. The first run builds llama.cpp, which takes minutes; later ones reuse the environment and the builder's cache.
+to pytest. The first run builds llama.cpp, which takes minutes; later ones reuse the environment and the cached wheels.
 """
 
 from __future__ import annotations
