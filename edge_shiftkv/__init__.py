@@ -1,0 +1,29 @@
+"""MM-ShiftKV for llama.cpp: a multimodal prompt's KV cache, cut once after prefill to what decoding will need.
+
+    with edge_shiftkv.Runtime("model.gguf", "mmproj.gguf", kv_budget=128) as runtime:
+        answer = runtime.generate("What is the total?", ["receipt.png"])
+        print(answer.text, answer.figures)
+
+Raises ImportError when the llama-cpp-python installed is not the patched one; ``edge-shiftkv build`` makes it.
+"""
+
+from edge_shiftkv.errors import ImageError, ModelError, PromptError, ShiftKVError
+from edge_shiftkv.results import Completion, Figures
+from edge_shiftkv.runtime import Runtime, Stream
+from edge_shiftkv.selection import ImageSpan, Selection, ShiftKV
+from edge_shiftkv.selection.heatmap import heatmap
+
+__all__ = [
+    "Completion",
+    "Figures",
+    "ImageError",
+    "ImageSpan",
+    "ModelError",
+    "PromptError",
+    "Runtime",
+    "Selection",
+    "ShiftKV",
+    "ShiftKVError",
+    "Stream",
+    "heatmap",
+]

@@ -1,0 +1,64 @@
+"""A prompt in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from edge_shiftkv.errors import PromptError
+from edge_shiftkv.native.llama import Model
+from edge_shiftkv.native.mtmd import Chunks, ImageChunk, Projector, Text, TextChunk
+from edge_shiftkv.prompts.chat import Part
+from edge_shiftkv.selection.results import ImageSpan, guess_grid
+
+
+class Prompt:
+    """A prompt's tokens in chunks of text and of pictures. Owns the preprocessed pictures until `close`.
+
+    n_tokens, n_image_tokens: the number of all tokens, and of visual ones.
+    image_spans: where the visual ones are.
+    """
+
+    def __init__(self, parts: Sequence[Part], model: Model, projector: Projector | None) -> None:
+        """Tokenize `parts`. Raises PromptError when they cannot be, or have no text at their end."""
+        images = [part for part in parts if isinstance(part, Image.Image)]
+        self._native: Chunks | None = None
+        self.chunks: list[TextChunk | ImageChunk]
+        if not images:
+            self.chunks = [TextChunk(_tokens([part for part in parts if isinstance(part, Text)], model))]
+        elif projector is None:
+            raise PromptError("the prompt has pictures, but the model was loaded without an mmproj")
+        else:
+            self._native = projector.tokenize(parts)
+            self.chunks = self._native.items
+        self.image_spans: list[ImageSpan] = []
+        self.n_tokens = 0
+        for chunk in self.chunks:
+            start = self.n_tokens
+            self.n_tokens += _n_tokens(chunk)
+            if isinstance(chunk, ImageChunk):
+                image = images[chunk.image]
+                grid = (chunk.nx, chunk.ny) if chunk.ny > 1 else guess_grid(chunk.n_tokens, *image.size)
+                self.image_spans.append(ImageSpan(chunk.image, start, self.n_tokens, *grid))
+        self.n_image_tokens = sum(span.stop - span.start for span in self.image_spans)
+        if not self.chunks or not isinstance(self.chunks[-1], TextChunk) or not self.chunks[-1].tokens:
+            self.close()
+            raise PromptError("the prompt is empty or ends with a picture: there has to be text at its end")
+
+    def close(self) -> None:
+        """Free the preprocessed pictures."""
+        if self._native:
+            self._native.close()
+
+
+def _tokens(parts: Sequence[Text], model: Model) -> list[int]:
+    return [
+        token
+        for part in parts
+        for token in ([model.control_tokens[part.text][0]] if part.special else model.tokenize(part.text))
+    ]
+
+
+def _n_tokens(chunk: TextChunk | ImageChunk) -> int:
+    return len(chunk.tokens) if isinstance(chunk, TextChunk) else chunk.n_tokens

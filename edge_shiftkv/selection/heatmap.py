@@ -1,0 +1,140 @@
+"""A picture of what a selection kept of a prompt's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from edge_shiftkv.errors import ShiftKVError
+from edge_shiftkv.selection.results import ImageSpan, Selection, guess_grid
+
+_PANEL = 640  # pixels of a panel's longer side
+_MARGIN, _BAR, _TITLE, _LABEL = 24, 28, 26, 18
+_INK, _PAPER, _GRID = (38, 38, 38), (255, 255, 255), (214, 208, 200)
+# From none (paper) to most; the darkest still lets black text show through.
+_COLOURS = np.array([[255, 255, 255], [255, 232, 190], [253, 190, 110], [244, 124, 70], [214, 62, 52]], float)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    label: str
+    image: Image.Image
+    counts: npt.NDArray[np.int32]  # [ny, nx]
+    stretched: bool  # over the picture, where models that keep its shape pad it to the patches' shape instead
+
+
+def heatmap(selection: Selection, images: Sequence[Image.Image]) -> Image.Image:
+    """Draw each picture of the prompt with every patch shaded by how many (layer, KV head) pairs kept it.
+
+    images: the prompt's pictures as `load_image` returns them, in their order.
+
+    Where a picture's shape is not the patches', it is taken to have been padded on both sides, as mtmd does for LLaVA.
+    A tiled picture (LLaVA-1.6) gives two panels: its tiles put together, and its overview, which mtmd stretches.
+
+    Raises ShiftKVError when the prompt had another number of pictures, or none.
+    """
+    n_images = len({span.image for span in selection.image_spans})
+    if not n_images or n_images != len(images):
+        raise ShiftKVError(f"the prompt had {n_images} pictures, {len(images)} were passed: there is nothing to draw")
+    panels = [panel for i, image in enumerate(images) for panel in _panels(selection, i, image)]
+    top = max(1, *(int(panel.counts.max()) for panel in panels))
+    tiles = [_draw(panel, top) for panel in panels]
+
+    height = max(tile.height for tile in tiles)
+    width = sum(tile.width + _MARGIN for tile in tiles)
+    sheet = Image.new("RGB", (_MARGIN + width + 5 * _BAR, height + _TITLE + 5 * _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    kept = f"{selection.n_kept} of {selection.n_prompt} prompt tokens kept per layer and KV head"
+    draw.text((_MARGIN, _MARGIN), _fit(kept, sheet.width - 2 * _MARGIN, _TITLE), _INK, _font(_TITLE))
+    x, y = _MARGIN, _TITLE + 3 * _MARGIN
+    for panel, tile in zip(panels, tiles, strict=True):
+        draw.text((x, y - _LABEL - 8), _fit(panel.label, tile.width, _LABEL), _INK, _font(_LABEL))
+        sheet.paste(tile, (x, y))
+        x += tile.width + _MARGIN
+    _draw_bar(sheet, (x, y), height, top)
+    text = f"shade: how many of the {selection.n_heads} (layer, KV head) pairs kept the patch"
+    draw.text((_MARGIN, y + height + 12), _fit(text, sheet.width - 2 * _MARGIN, _LABEL), _INK, _font(_LABEL))
+    return sheet
+
+
+def _panels(selection: Selection, i: int, image: Image.Image) -> list[_Panel]:
+    counts = selection.counts()
+    spans = [span for span in selection.image_spans if span.image == i]
+    name = f"image {i + 1}"
+    if len(spans) == 1:
+        grid = _grid(counts, spans[0])
+        # A grid as close to the picture's shape as whole patches allow (Qwen2-VL) covers it all.
+        rows, columns = grid.shape
+        stretched = abs(columns - rows * image.width / image.height) <= 1
+        return [_Panel(f"{name}: {columns} x {rows} patches", image, grid, stretched)]
+    *tiles, overview = spans
+    columns, rows = guess_grid(len(tiles), *image.size)
+    mosaic = np.block([[_grid(counts, tiles[y * columns + x]) for x in range(columns)] for y in range(rows)])
+    return [
+        _Panel(f"{name}: {columns} x {rows} tiles", image, mosaic, stretched=False),
+        _Panel(f"{name}: overview", image, _grid(counts, overview), stretched=True),
+    ]
+
+
+def _grid(counts: npt.NDArray[np.int32], span: ImageSpan) -> npt.NDArray[np.int32]:
+    return counts[span.start : span.stop].reshape(span.ny, span.nx)
+
+
+def _draw(panel: _Panel, top: int) -> Image.Image:
+    """The picture in faint grey, its patches shaded on a scale from 0 to `top`."""
+    scale = _PANEL / max(panel.image.size)
+    width, height = (max(1, round(side * scale)) for side in panel.image.size)
+    rows, columns = panel.counts.shape
+    # The patches' area in pixels of the panel: larger than the panel where the picture was padded.
+    side = max(width / columns, height / rows)
+    area = (width, height) if panel.stretched else (round(side * columns), round(side * rows))
+    left, upper = (area[0] - width) // 2, (area[1] - height) // 2
+    xs = (np.arange(left, left + width) * columns) // area[0]
+    ys = (np.arange(upper, upper + height) * rows) // area[1]
+
+    grey = panel.image.convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    light = 0.35 + 0.65 * np.asarray(grey, float)[..., None] / 255
+    shade = _colour(panel.counts / top)[ys[:, None], xs[None, :]]
+    pixels = shade * light
+    if side >= 12:  # borders only where they leave something between them
+        pixels[(np.diff(ys, prepend=ys[0]) > 0), :] = _GRID
+        pixels[:, (np.diff(xs, prepend=xs[0]) > 0)] = _GRID
+    tile = Image.fromarray(pixels.astype(np.uint8))
+    ImageDraw.Draw(tile).rectangle((0, 0, width - 1, height - 1), outline=_INK)
+    return tile
+
+
+def _draw_bar(sheet: Image.Image, at: tuple[int, int], height: int, top: int) -> None:
+    """The colour scale with numbers, upwards from 0."""
+    x, y = at
+    values = np.linspace(1, 0, height)[:, None].repeat(_BAR, axis=1)
+    sheet.paste(Image.fromarray(_colour(values).astype(np.uint8)), (x, y))
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((x, y, x + _BAR - 1, y + height - 1), outline=_INK)
+    for value in sorted({round(top * i / 5) for i in range(6)}):
+        level = y + round((height - 1) * (1 - value / top))
+        draw.line((x + _BAR, level, x + _BAR + 6, level), _INK)
+        draw.text((x + _BAR + 11, level), str(value), _INK, _font(_LABEL), anchor="lm")
+
+
+def _colour(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Values in [0, 1], any shape, to RGB in [0, 255], shape [..., 3]."""
+    stops = np.linspace(0, 1, len(_COLOURS))
+    return np.stack([np.interp(values, stops, channel) for channel in _COLOURS.T], axis=-1)
+
+
+def _fit(text: str, width: int, size: int) -> str:
+    """`text`, shortened to `width` pixels."""
+    if _font(size).getlength(text) <= width:
+        return text
+    while text and _font(size).getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
