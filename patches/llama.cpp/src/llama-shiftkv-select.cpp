@@ -177,10 +177,11 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
     const int64_t n_group     = repeat ? 1 : params.n_group;
     const int64_t n_per_group = n_proxy/n_group;
 
-    // cells from the prompt's first to its last; others in between are masked
+    // cells from the prompt's first to its last, rounded to what fast matrix products want; others in between are masked
     const auto & cells = sel.cells;
-    const uint32_t c0 = *std::min_element(cells.begin(), cells.end());
-    const uint32_t c1 = *std::max_element(cells.begin(), cells.end()) + 1;
+    const auto [c_min, c_max] = std::minmax_element(cells.begin(), cells.end());
+    const uint32_t c0 = *c_min/16*16;
+    const uint32_t c1 = std::min((*c_max/16 + 1)*16, kv->get_size());
 
     const int64_t n_kv    = c1 - c0;
     const bool    foreign = n_kv != (int64_t) cells.size();
@@ -193,8 +194,8 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
     ggml_tensor * inp_noise = nullptr; // F32 [n_embd, n_proxy]
     ggml_tensor * inp_pos   = nullptr; // I32 [n_proxy*n_pos]
     ggml_tensor * inp_rot   = nullptr; // F32 [n_rot, n_rot]
-    ggml_tensor * inp_mask  = nullptr; // F32 [n_kv, n_proxy]  -inf: not of this sequence
-    ggml_tensor * inp_valid = nullptr; // F32 [n_kv]           0: the last key, or not of this sequence
+    ggml_tensor * inp_mask  = nullptr; // F32 [n_kv, n_proxy]  -inf: not of this prompt
+    ggml_tensor * inp_valid = nullptr; // F32 [n_kv]           0: the last key, or not of this prompt
     ggml_tensor * inp_bias  = nullptr; // F32 [n_kv]           -inf likewise
     ggml_tensor * out_order = nullptr; // I32 [n_kv, n_head_kv]
     ggml_tensor * out_score = nullptr; // F32 [n_kv, n_head_kv]
@@ -336,19 +337,25 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
         for (const uint32_t c : cells) {
             valid[c - c0] = 1.0f;
         }
+        std::vector<float> bias(n_kv);
+        const auto to_bias = [](float v) { return v == 1.0f ? 0.0f : -INFINITY; };
+
         if (inp_mask) {
-            std::vector<float> mask(n_kv*n_proxy);
-            for (size_t i = 0; i < mask.size(); ++i) {
-                mask[i] = valid[i % n_kv] == 1.0f ? 0.0f : -INFINITY;
+            std::transform(valid.begin(), valid.end(), bias.begin(), to_bias);
+
+            std::vector<float> mask;
+            mask.reserve(n_kv*n_proxy);
+            for (int64_t i = 0; i < n_proxy; ++i) {
+                mask.insert(mask.end(), bias.begin(), bias.end());
             }
             ggml_backend_tensor_set(inp_mask, mask.data(), 0, ggml_nbytes(inp_mask));
         }
-        valid[c_last] = 0.0f;
-        ggml_backend_tensor_set(inp_valid, valid.data(), 0, ggml_nbytes(inp_valid));
 
-        std::vector<float> bias(n_kv);
-        std::transform(valid.begin(), valid.end(), bias.begin(), [](float v) { return v == 1.0f ? 0.0f : -INFINITY; });
-        ggml_backend_tensor_set(inp_bias, bias.data(), 0, ggml_nbytes(inp_bias));
+        valid[c_last] = 0.0f;
+        std::transform(valid.begin(), valid.end(), bias.begin(), to_bias);
+
+        ggml_backend_tensor_set(inp_valid, valid.data(), 0, ggml_nbytes(inp_valid));
+        ggml_backend_tensor_set(inp_bias,  bias.data(),  0, ggml_nbytes(inp_bias));
     };
 
     if (!compute(build, set)) {
