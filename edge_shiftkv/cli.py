@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edge-shiftkv", description="KV-cache selection for llama.cpp")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
+    _add_run(commands)
+    _add_demo(commands)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
@@ -46,6 +48,76 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="also copy the wheel to DIR")
     parser.add_argument("--no-install", action="store_true", help="do not install the wheel")
     parser.set_defaults(run=_build)
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "answer a prompt, with pictures, from a KV cache cut to a budget"
+    parser = commands.add_parser("run", help=text, description=text)
+    parser.add_argument("-m", "--model", required=True, metavar="GGUF", help="the language model")
+    parser.add_argument("--mmproj", metavar="GGUF", help="its vision encoder and projector")
+    parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="a picture; repeatable")
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--raw", action="store_true", help="continue the text, without the model's chat template")
+    parser.add_argument(
+        "--kv-budget", type=int, metavar="N", help="KV pairs kept of the prompt per layer and KV head (default: all)"
+    )
+    parser.add_argument(
+        "-c", "--n-ctx", type=int, metavar="N", help="prompt and answer together (default: the model's)"
+    )
+    parser.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: most likely token")
+    parser.add_argument("--top-k", type=int, default=40, metavar="K", help="default: 40")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default: 0.95")
+    parser.add_argument("--min-p", type=float, default=0.05, metavar="P", help="default: 0.05")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the draws at a temperature (default: another each time)"
+    )
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
+    parser.add_argument("--type-k", default="f16", metavar="TYPE", help="how keys are stored: f16 (default), q8_0, ...")
+    parser.add_argument("--type-v", default="f16", metavar="TYPE", help="how values are stored")
+    parser.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (default: all)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--allow-http", action="store_true", help="fetch pictures from http(s) addresses")
+    parser.add_argument("--stats", action="store_true", help="print figures to stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    _add_heatmap(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "read the shipped picture with the shipped model, full and cut KV cache side by side"
+    parser = commands.add_parser("demo", help=text, description=text)
+    parser.add_argument("--image", metavar="PICTURE", help="another picture")
+    parser.add_argument("-p", "--prompt", default="Read everything.", metavar="TEXT", help="default: %(default)s")
+    parser.add_argument("--kv-budget", type=int, default=64, metavar="N", help="default: %(default)s")
+    _add_heatmap(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_heatmap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--heatmap",
+        type=Path,
+        metavar="PNG",
+        help="draw the pictures, shaded by how many (layer, KV head) pairs kept a patch",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        from edge_shiftkv import commands
+        from edge_shiftkv.errors import ShiftKVError
+    except ImportError as error:  # its message names the command that helps
+        print(f"edge-shiftkv {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    try:
+        {"run": commands.run, "demo": commands.demo}[arguments.command](arguments)
+    except ShiftKVError as error:
+        print(f"edge-shiftkv {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def _build(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,67 @@
+"""Models for the tests: tiny ones with random weights, and the shipped one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from PIL import Image
+
+from edge_shiftkv._paths import models_dir
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Paths of random models: LLaVA-1.5's kind, 1.6's (tiled), and Qwen2-VL's (M-RoPE); and of a picture."""
+
+    text: Path
+    mmproj: Path
+    tiled_mmproj: Path
+    qwen_text: Path
+    qwen_mmproj: Path
+    picture: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+    picture = folder / "noise.png"
+    Image.fromarray(noise).save(picture)
+    return Tiny(
+        text=tiny_models.write_text_model(folder / "text.gguf"),
+        mmproj=tiny_models.write_mmproj(folder / "mmproj.gguf"),
+        tiled_mmproj=tiny_models.write_mmproj(folder / "tiled.gguf", pinpoints=((112, 56), (56, 112), (112, 112))),
+        qwen_text=tiny_models.write_text_model(folder / "qwen.gguf", "qwen2vl"),
+        qwen_mmproj=tiny_models.write_mmproj(folder / "qwen-mmproj.gguf", "qwen2vl_merger"),
+        picture=picture,
+    )
+
+
+# The tests that need no library, the builder's, do not import the runtime through these fixtures.
+@pytest.fixture(scope="session")
+def shared_runtime(tiny: Tiny) -> Iterator[object]:
+    from edge_shiftkv import Runtime
+
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def runtime(shared_runtime):
+    """The LLaVA-1.5 kind, with the full KV cache."""
+    yield shared_runtime
+    shared_runtime.kv_budget = None
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The folder of the shipped model."""
+    folder = models_dir()
+    if not (folder / "document.png").is_file():
+        pytest.skip("the demo model is not there")
+    return folder

@@ -1,0 +1,172 @@
+import dataclasses
+
+import pytest
+from llama_cpp import Llama
+
+from edge_shiftkv import Runtime, ShiftKVError
+
+PROMPT = "What is on the picture? " * 3
+
+
+def test_the_full_cache_answers_as_llama_cpp_python_does(runtime, tiny):
+    llama = Llama(str(tiny.text), n_ctx=256, n_threads=1, flash_attn=True, verbose=False)
+    message = {"role": "user", "content": PROMPT}
+    theirs = llama.create_chat_completion([message], temperature=0, max_tokens=24, repeat_penalty=1.0)
+    ours = runtime.generate(PROMPT, max_tokens=24)
+    assert ours.text == theirs["choices"][0]["message"]["content"]
+    assert ours.figures.prompt_tokens == theirs["usage"]["prompt_tokens"]
+
+
+def test_the_same_seed_draws_the_same_answer(runtime):
+    def answer(seed):
+        return runtime.generate(PROMPT, temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed, max_tokens=16).text
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("kv_budget", [None, 24])
+def test_streaming_gives_the_same_answer_in_pieces(runtime, tiny, kv_budget):
+    runtime.kv_budget = kv_budget
+    options = {"max_tokens": 20, "temperature": 1.0, "seed": 4}
+    whole = runtime.generate(PROMPT, [tiny.picture], **options)
+    stream = runtime.stream(PROMPT, [tiny.picture], **options)
+    with pytest.raises(ShiftKVError, match="not complete"):
+        _ = stream.completion
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == stream.completion.text == whole.text
+    assert stream.completion.finish_reason == whole.finish_reason
+
+
+def test_an_answer_ends_at_max_tokens(runtime):
+    answer = runtime.generate(PROMPT, max_tokens=5)
+    assert (answer.finish_reason, answer.figures.generated_tokens) == ("length", 5)
+
+
+@pytest.mark.parametrize("kv_budget", [None, 16])
+def test_an_answer_ends_where_n_ctx_does(tiny, kv_budget):
+    with Runtime(tiny.text, n_threads=1, n_ctx=120, kv_budget=kv_budget) as runtime:
+        answer = runtime.generate(PROMPT, max_tokens=None)
+    assert answer.finish_reason == "length"
+    assert answer.figures.prompt_tokens + answer.figures.generated_tokens == 120
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(runtime):
+    text = runtime.generate(PROMPT, max_tokens=24).text
+    stop = text[5:8]
+    answer = runtime.generate(PROMPT, max_tokens=24, stop=["never", stop])
+    assert (answer.text, answer.finish_reason) == (text[: text.index(stop)], "stop")
+    assert runtime.generate(PROMPT, max_tokens=24, stop=stop).text == answer.text
+
+
+def test_the_models_own_end_is_no_text(runtime, monkeypatch):
+    options = {"max_tokens": 8, "temperature": 1.0, "seed": 1}
+    text = runtime.generate(PROMPT, **options).text
+    tokens = runtime._model.tokenize(text)
+    end = next(token for token in tokens if token != tokens[0])
+    monkeypatch.setattr(runtime._model, "ends_generation", lambda token: token == end)
+    answer = runtime.generate(PROMPT, **options)
+    assert answer.finish_reason == "stop"
+    assert answer.figures.generated_tokens == tokens.index(end)
+    assert text.startswith(answer.text)
+
+
+def test_control_tokens_have_no_text(runtime):
+    assert all(runtime._model.piece(token) == b"" for token, _ in runtime._model.control_tokens.values())
+
+
+def test_raw_prompts_have_no_template(runtime):
+    chat = runtime.generate("abc", max_tokens=1).figures
+    raw = runtime.generate("abc", raw=True, max_tokens=1).figures
+    assert raw.prompt_tokens == 3 < chat.prompt_tokens
+
+
+def test_a_picture_changes_the_answer(runtime, tiny):
+    with_picture = runtime.generate("abc", [tiny.picture], max_tokens=8)
+    assert with_picture.text != runtime.generate("abc", max_tokens=8).text
+    assert with_picture.figures.image_tokens == 16
+
+
+def test_figures_of_a_full_cache(runtime, tiny):
+    figures = runtime.generate(PROMPT, [tiny.picture, tiny.picture], max_tokens=6).figures
+    assert figures.image_tokens == 32
+    assert figures.prompt_tokens == figures.image_tokens + figures.text_tokens == figures.kept_tokens
+    # 3 layers, 2 KV heads of 16 numbers each, keys and values, 2 bytes a number
+    assert figures.kv_bytes_prompt == figures.kv_bytes_kept == figures.prompt_tokens * 3 * 2 * 16 * 2 * 2
+    assert figures.selection_s == 0
+    assert 0 < figures.image_encode_s < figures.prefill_s
+    assert figures.tokens_per_second == pytest.approx(5 / figures.decode_s)
+    assert figures.as_dict() == dataclasses.asdict(figures)
+
+
+def test_figures_of_a_cut_cache(runtime, tiny):
+    runtime.kv_budget = 20
+    answer = runtime.generate(PROMPT, [tiny.picture], max_tokens=6)
+    figures = answer.figures
+    assert figures.kept_tokens == answer.selection.n_kept == 20
+    assert figures.kv_bytes_prompt == figures.prompt_tokens * 3 * 2 * 16 * 2 * 2
+    assert figures.kv_bytes_kept == 20 * 3 * 2 * 16 * 2 * 2
+    assert figures.selection_s > 0
+
+
+def test_an_answer_of_one_token_has_no_rate(runtime):
+    assert runtime.generate(PROMPT, max_tokens=1).figures.tokens_per_second is None
+
+
+@pytest.mark.parametrize("extra", [0, 1, 1000])
+def test_a_budget_that_holds_the_prompt_changes_nothing(runtime, tiny, extra):
+    full = runtime.generate(PROMPT, [tiny.picture], max_tokens=24)
+    runtime.kv_budget = full.figures.prompt_tokens + extra
+    answer = runtime.generate(PROMPT, [tiny.picture], max_tokens=24)
+    assert answer.text == full.text
+    assert answer.selection is None
+    assert answer.figures.kept_tokens == full.figures.kept_tokens
+
+
+def test_a_cut_answer_goes_on_at_the_prompts_next_position(tiny, monkeypatch):
+    from edge_shiftkv import runtime as module
+
+    positions = {}
+    compact = module.shiftkv.compact
+    prefill = module.Prefill
+
+    def spy(*arguments):
+        positions["compacted"] = compact(*arguments)
+        return positions["compacted"]
+
+    class SpyPrefill(prefill):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            positions["prompt"] = self.position
+
+    monkeypatch.setattr(module.shiftkv, "compact", spy)
+    monkeypatch.setattr(module, "Prefill", SpyPrefill)
+    with Runtime(tiny.qwen_text, tiny.qwen_mmproj, n_threads=1, kv_budget=20) as runtime:
+        answer = runtime.generate(PROMPT, [tiny.picture], max_tokens=4)
+    # A picture of 5 x 3 tokens takes 5 positions with M-RoPE.
+    assert positions["prompt"] == answer.figures.prompt_tokens - 15 + 5
+    assert positions["compacted"] == positions["prompt"]
+
+
+def test_a_cut_answer_is_decoded_in_a_small_cache(tiny):
+    with Runtime(tiny.text, n_threads=1, kv_budget=16) as runtime:
+        runtime.generate(PROMPT * 10, max_tokens=8)
+        small = runtime._kept.get(1, 1)
+        assert small.n_ctx == 256
+        runtime.generate(PROMPT * 10, max_tokens=8)
+        assert runtime._kept.get(1, 1) is small
+
+
+@pytest.mark.parametrize(("type_k", "type_v"), [("f32", "f32"), ("q8_0", "f16"), ("bf16", "bf16")])
+def test_kv_types(tiny, type_k, type_v):
+    # q8_0 comes in blocks of 32 and these heads have 16 numbers, which llama.cpp says no to.
+    options = {"n_threads": 1, "kv_budget": 16, "type_k": type_k, "type_v": type_v}
+    with Runtime(tiny.text, **options) as runtime:
+        if type_k == "q8_0":
+            with pytest.raises(ShiftKVError, match="q8_0/f16 KV cache"):
+                runtime.generate(PROMPT)
+        else:
+            n_bytes = 4 if type_k == "f32" else 2
+            figures = runtime.generate(PROMPT, max_tokens=4).figures
+            assert figures.kv_bytes_kept == 16 * 3 * 2 * 16 * 2 * n_bytes
