@@ -28,14 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "build the patched llama-cpp-python and install it into this Python environment"
     parser = commands.add_parser("build", help=text, description=text)
-    for backend, title in (("cuda", "CUDA"), ("metal", "Metal (default on macOS)"), ("vulkan", "Vulkan")):
-        parser.add_argument(
-            f"--{backend}",
-            dest="backends",
-            action="append_const",
-            const=backend,
-            help=f"build llama.cpp's {title} backend",
-        )
+    for name, title in (("cuda", "CUDA"), ("metal", "Metal, the default on macOS"), ("vulkan", "Vulkan")):
+        parser.add_argument(f"--{name}", dest="backends", action="append_const", const=name, help=f"add {title}")
     parser.add_argument("--no-native", action="store_true", help="do not tune the library for this machine's CPU")
     parser.add_argument(
         "--cmake-arg",
@@ -139,4 +133,6 @@ def _build(arguments: argparse.Namespace) -> int:
     except (build.BuildError, OSError) as error:
         print(f"edge-shiftkv build: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
