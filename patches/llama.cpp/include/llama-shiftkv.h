@@ -44,7 +44,7 @@ enum llama_shiftkv_status {
 
 struct llama_shiftkv_params {
     uint32_t budget;         // C: KV pairs kept per layer and KV head, the last token's included (>= 2)
-    uint32_t n_proxy;        // N: sampled query proxies (a multiple of n_group)
+    uint32_t n_proxy;        // N: sampled query proxies (a multiple of n_group, up to 4096)
     uint32_t n_group;        // G: voting groups
     uint32_t n_stat;         // last prompt tokens that the hidden-state statistics are taken over
     uint32_t n_layer_repeat; // first layers whose proxies repeat the last hidden state instead of sampling

@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <cstring>
 
+// a graph has room for the nodes of this many runs of destination cells
+static constexpr size_t SHIFTKV_RUNS_MAX = 32;
+
 // n free cells, in one run if there is one; cells that only seq_id holds count as free
 static std::vector<uint32_t> find_free(const llama_kv_cells & cells, llama_seq_id seq_id, uint32_t n) {
     std::vector<uint32_t> res;
@@ -101,11 +104,8 @@ static void build_move_cols(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * 
     });
 }
 
-// rows whose heads are no multiple of 32 bits (some quantized types with some head sizes) go through the host
-static void move_rows_host(ggml_tensor * src, ggml_tensor * dst, const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
-    const size_t nb_row  = src->nb[1];
-    const size_t nb_head = nb_row/idxs.size();
-
+// the cells from the first to the last one that idxs name
+static std::pair<int32_t, int32_t> cell_range(const std::vector<std::vector<int32_t>> & idxs) {
     int32_t c0 = idxs[0][0];
     int32_t c1 = idxs[0][0] + 1;
     for (const auto & row : idxs) {
@@ -113,6 +113,16 @@ static void move_rows_host(ggml_tensor * src, ggml_tensor * dst, const std::vect
         c0 = std::min(c0, *lo);
         c1 = std::max(c1, *hi + 1);
     }
+    return { c0, c1 };
+}
+
+// the two above through the host: for heads that are no multiple of 32 bits (some quantized types with some head sizes), and
+// for destinations in so many runs that a graph has no room for them
+static void move_rows_host(ggml_tensor * src, ggml_tensor * dst, const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
+    const size_t nb_row  = src->nb[1];
+    const size_t nb_head = nb_row/idxs.size();
+
+    const auto [c0, c1] = cell_range(idxs);
 
     std::vector<uint8_t> from((c1 - c0)*nb_row);
     ggml_backend_tensor_get(src, from.data(), c0*nb_row, from.size());
@@ -129,6 +139,31 @@ static void move_rows_host(ggml_tensor * src, ggml_tensor * dst, const std::vect
     });
 }
 
+static void move_cols_host(ggml_tensor * src, ggml_tensor * dst, const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
+    const size_t ts     = ggml_type_size(src->type);
+    const size_t n_elem = src->ne[0];
+    const size_t d      = n_elem/idxs.size();
+    const size_t n      = dst_cells.size();
+
+    const auto [c0, c1] = cell_range(idxs);
+    const size_t n_from = c1 - c0;
+
+    std::vector<uint8_t> from(n_elem*n_from*ts);
+    ggml_backend_tensor_get_2d(src, from.data(), c0*ts, n_from*ts, n_elem, src->ne[1]*ts, n_from*ts);
+
+    std::vector<uint8_t> to(n_elem*n*ts);
+    for (size_t e = 0; e < n_elem; ++e) {
+        const auto & row = idxs[e/d];
+        for (size_t i = 0; i < n; ++i) {
+            memcpy(to.data() + (e*n + i)*ts, from.data() + (e*n_from + row[i] - c0)*ts, ts);
+        }
+    }
+
+    for_each_run(dst_cells, [&](size_t i0, uint32_t cell, size_t n_run) {
+        ggml_backend_tensor_set_2d(dst, to.data() + i0*ts, cell*ts, n_run*ts, n_elem, dst->ne[1]*ts, n*ts);
+    });
+}
+
 bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama_kv_cache & dst, llama_seq_id seq_dst, size_t ikv,
         const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
     const uint32_t strm_src = src.get_stream(seq_src);
@@ -140,25 +175,23 @@ bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama
     auto & l_src = src.layers[ikv];
     auto & l_dst = dst.layers[ikv];
 
-    int32_t c0 = idxs[0][0];
-    int32_t c1 = idxs[0][0] + 1;
-    for (const auto & row : idxs) {
-        const auto [lo, hi] = std::minmax_element(row.begin(), row.end());
-        c0 = std::min(c0, *lo);
-        c1 = std::max(c1, *hi + 1);
-    }
+    const int32_t c0 = cell_range(idxs).first;
+    const int32_t c1 = cell_range(idxs).second;
 
     ggml_tensor * k_src = l_src.k_stream[strm_src];
     ggml_tensor * v_src = l_src.v_stream[strm_src];
     ggml_tensor * k_dst = l_dst.k_stream[strm_dst];
     ggml_tensor * v_dst = l_dst.v_stream[strm_dst];
 
-    const auto whole_words = [&](const ggml_tensor * t) {
-        return t->nb[1]/n_head_kv % sizeof(int32_t) == 0;
+    size_t n_run = 0;
+    for_each_run(dst_cells, [&](size_t, uint32_t, size_t) { n_run++; });
+
+    const auto in_graph = [&](const ggml_tensor * t) {
+        return n_run <= SHIFTKV_RUNS_MAX && t->nb[1]/n_head_kv % sizeof(int32_t) == 0;
     };
 
-    const bool k_graph = whole_words(k_src);
-    const bool v_graph = src.v_trans || whole_words(v_src);
+    const bool k_graph = in_graph(k_src);
+    const bool v_graph = in_graph(v_src);
 
     if (k_graph || v_graph) {
         ggml_tensor * inp_idxs     = nullptr; // I32 [n, n_head_kv] cells
@@ -170,13 +203,13 @@ bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama
                 ggml_set_input(t);
                 return t;
             };
-            if (k_graph || !src.v_trans) {
+            if (k_graph || (v_graph && !src.v_trans)) {
                 inp_idxs = new_idxs();
             }
             if (k_graph) {
                 build_move_rows(ctx, gf, k_src, k_dst, inp_idxs, n_head_kv, dst_cells);
             }
-            if (src.v_trans) {
+            if (v_graph && src.v_trans) {
                 inp_idxs_win = new_idxs();
                 build_move_cols(ctx, gf, v_src, v_dst, inp_idxs_win, n_head_kv, dst_cells, c0, c1 - c0);
             } else if (v_graph) {
@@ -205,7 +238,9 @@ bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama
     if (!k_graph) {
         move_rows_host(k_src, k_dst, idxs, dst_cells);
     }
-    if (!v_graph) {
+    if (!v_graph && src.v_trans) {
+        move_cols_host(v_src, v_dst, idxs, dst_cells);
+    } else if (!v_graph) {
         move_rows_host(v_src, v_dst, idxs, dst_cells);
     }
 

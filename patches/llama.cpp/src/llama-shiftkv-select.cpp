@@ -13,8 +13,9 @@
 // intermediate results of the attention of proxies stay below this, where a KV head allows
 static constexpr size_t SHIFTKV_CHUNK_BYTES = 64u*1024*1024;
 
-// a graph has room for about a thousand tensors (llama_context::graph_max_nodes())
-static constexpr int64_t SHIFTKV_CHUNKS_MAX = 24;
+// a small model's graphs have room for 1024 tensors (llama_context::graph_max_nodes()); a chunk of the most proxies takes fewer than 90
+static constexpr int64_t  SHIFTKV_CHUNKS_MAX = 8;
+static constexpr uint32_t SHIFTKV_PROXY_MAX  = 4096;
 
 // standard normal numbers: Mersenne twister and Box-Muller, the same on every platform
 static std::vector<float> gen_noise(uint32_t seed, size_t n) {
@@ -86,8 +87,8 @@ static ggml_tensor * build_attn_weights(ggml_context * ctx, ggml_tensor * k, ggm
 
 int32_t llama_shiftkv::select(const llama_shiftkv_params & params) {
     if (params.budget < 2 ||
-        params.n_group < 1 || params.n_proxy < params.n_group || params.n_proxy > 65536 || params.n_proxy % params.n_group != 0 ||
-        params.n_stat < 1 || params.n_repeat < 1 || params.n_repeat > 65536 ||
+        params.n_group < 1 || params.n_proxy < params.n_group || params.n_proxy > SHIFTKV_PROXY_MAX || params.n_proxy % params.n_group != 0 ||
+        params.n_stat < 1 || params.n_repeat < 1 || params.n_repeat > SHIFTKV_PROXY_MAX ||
         !std::isfinite(params.gamma) || params.gamma < 0.0f || !(params.mass > 0.0f && params.mass <= 1.0f)) {
         return LLAMA_SHIFTKV_ERR_ARGUMENT;
     }
