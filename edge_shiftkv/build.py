@@ -126,13 +126,18 @@ class Options:
         ]
 
 
+def print_line(text: str) -> None:
+    """Print at once: a build that writes to a pipe or a file should be seen to advance, too."""
+    print(text, flush=True)
+
+
 def default_cache_dir() -> Path:
     """The directory all builds of this user share."""
     override = os.environ.get("EDGE_SHIFTKV_CACHE")
     return Path(override).absolute() if override else Path(platformdirs.user_cache_dir("edge_shiftkv", appauthor=False))
 
 
-def build_wheel(options: Options, report: Report = print) -> Path:
+def build_wheel(options: Options, report: Report = print_line) -> Path:
     """Return the path of the wheel for `options`, building it unless the cache has it.
 
     Raises BuildError when the sdist cannot be had or differs from the pinned one, a patch does not apply, a tool is
@@ -160,7 +165,7 @@ def build_wheel(options: Options, report: Report = print) -> Path:
     return finished / wheel.name
 
 
-def install_wheel(wheel: Path, report: Report = print) -> None:
+def install_wheel(wheel: Path, report: Report = print_line) -> None:
     """Install `wheel` into the running environment in place of any llama-cpp-python there.
 
     Its dependencies are installed first, so that the library itself is only replaced once nothing else can fail.
@@ -325,7 +330,7 @@ def _fetch_sdist(cache: Path, report: Report) -> Path:
 
 
 def _tools(cache: Path, requirements: list[str], report: Report) -> Path:
-    """Return a directory with `requirements` installed, for PYTHONPATH.
+    """Return a directory with `requirements` installed, for PYTHONPATH and (its ``bin``) for PATH.
 
     pip's own isolated environments get a new path each time, which CMake records and would take for a change.
     """
@@ -417,7 +422,7 @@ class _Progress:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._terminal = report is print and sys.stdout.isatty()
+        self._terminal = report is print_line and sys.stdout.isatty()
         self._started = time.monotonic()
         self._done, self._total, self._tenth = 0, 0, 0
         self._news = threading.Event()
@@ -509,6 +514,7 @@ def _environment(path: Path | None) -> dict[str, str]:
     environment.pop("PYTHONPATH", None)
     if path:
         environment["PYTHONPATH"] = str(path)
+        environment["PATH"] = os.pathsep.join([str(path / "bin"), os.environ.get("PATH", "")])
     return environment
 
 

@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import pytest
 
 from edge_shiftkv import build, cli
@@ -94,6 +97,21 @@ def test_a_wheel_is_built_once(workshop: Path) -> None:
     assert build.build_wheel(Options(), said.append) == wheel
     assert said == [f"cached: {wheel}"]
     assert leftovers(workshop) == set()
+
+
+def test_a_second_build_waits_for_the_first(workshop: Path) -> None:
+    waiting = threading.Event()
+
+    def listen(text: str) -> None:
+        if "waiting" in text:
+            waiting.set()
+
+    with ThreadPoolExecutor() as pool:
+        with filelock.FileLock(workshop / "cache/lock"):
+            second = pool.submit(build.build_wheel, Options(), listen)
+            assert waiting.wait(timeout=60)
+            assert wheels(workshop) == []
+        assert second.result(timeout=60).is_file()
 
 
 def test_stock_is_the_untouched_sdist(workshop: Path) -> None:
