@@ -75,6 +75,7 @@ _BUILD_ENVIRONMENT = (
     "CMAKE_ARGS",
     "CMAKE_GENERATOR",
     "CMAKE_TOOLCHAIN_FILE",
+    "VULKAN_SDK",
     "MACOSX_DEPLOYMENT_TARGET",
 )
 
@@ -504,8 +505,8 @@ def _pip(*arguments: str, path: Path | None = None) -> None:
                 f"llama-cpp-python {UPSTREAM_VERSION}: the sdist's sha256 is {got[1] if got else 'another'}, "
                 f"expected {SDIST_SHA256}"
             )
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")]
-        reason = errors[0].removeprefix("ERROR: ") if errors else f"exit status {result.returncode}"
+        errors = re.findall(r"^(?:ERROR|error): (.*)", result.stderr, re.MULTILINE)
+        reason = errors[0] if errors else f"exit status {result.returncode}"
         raise BuildError(f"pip {arguments[0]} failed: {reason}")
 
 
