@@ -55,6 +55,9 @@ LOCAL_VERSION = "shiftkv.1"
 
 WHEEL_VERSION = f"{UPSTREAM_VERSION}+{LOCAL_VERSION}"
 
+# Patches that only let the library compile or run on some machines; the stock library that tests compare with has them.
+_PORTABILITY = "9"
+
 _BACKEND = "scikit-build-core==1.1.2"
 _SDIST_ROOT = f"llama_cpp_python-{UPSTREAM_VERSION}"
 _VERSION_FILE = "llama_cpp/__init__.py"
@@ -106,7 +109,10 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    """What to build. `backends` are GGML backend names in lower case ("cuda", "metal", "vulkan")."""
+    """What to build. `backends` are GGML backend names in lower case ("cuda", "metal", "vulkan").
+
+    `stock` leaves out this project's own changes, all but the portability patches.
+    """
 
     backends: frozenset[str] = frozenset()
     native: bool = True
@@ -145,7 +151,9 @@ def build_wheel(options: Options, report: Report = print_line) -> Path:
     missing or the compile fails, and OSError when the cache cannot be written. A failed build adds no wheel to it.
     """
     cache = default_cache_dir()
-    patches = {} if options.stock else read_patches(patches_dir())
+    patches = read_patches(patches_dir())
+    if options.stock:
+        patches = {name: data for name, data in patches.items() if name.startswith(_PORTABILITY)}
     finished = cache / "wheels" / cache_key(options, patches, cpu_features() if options.native else "")
     if wheel := _only_wheel(finished):
         report(f"cached: {wheel}")
@@ -299,8 +307,8 @@ def _desired_tree(sdist: Path, options: Options, patches: Mapping[str, bytes]) -
                 stream = archive.extractfile(member)
                 assert stream is not None
                 tree[name] = stream.read()
+    tree |= patched_files(tree, patches)
     if not options.stock:
-        tree |= patched_files(tree, patches)
         # The backend reads the wheel's version from here.
         stock_line, local_line = (f'__version__ = "{v}"'.encode() for v in (UPSTREAM_VERSION, WHEEL_VERSION))
         tree[_VERSION_FILE] = tree[_VERSION_FILE].replace(stock_line, local_line)
