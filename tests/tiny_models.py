@@ -44,7 +44,9 @@ def write_text_model(
 
     add = _Tensors(writer, seed=1)
     # The embeddings are the output matrix, too: what is not printable ASCII gets logits near 0, and is hardly written.
-    written = np.array([kind == gguf.TokenType.NORMAL and text.isascii() for text, kind in zip(tokens, types, strict=True)])
+    written = np.array(
+        [kind == gguf.TokenType.NORMAL and text.isascii() for text, kind in zip(tokens, types, strict=True)]
+    )
     add.matrix("token_embd.weight", n_embd, len(tokens), scale=np.where(written, 1, 0.01)[:, None])
     add.ones("output_norm.weight", n_embd)
     kv = n_embd // N_HEAD * N_HEAD_KV

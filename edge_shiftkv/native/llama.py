@@ -35,7 +35,9 @@ class Model:
         with logs.native_call() as errors:
             self._model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise ModelError(f"{path}: cannot be loaded as a language model{logs.explain(errors)}")
+            raise ModelError(
+                f"{path}: not a language model this llama.cpp can load, or an incomplete file{logs.explain(errors)}"
+            )
         self._vocab = llama.llama_model_get_vocab(self._model)
 
     def close(self) -> None:

@@ -72,5 +72,5 @@ def native_call() -> Iterator[deque[str]]:
 
 
 def explain(lines: deque[str]) -> str:
-    """The error lines as an ending for a message: `` (llama.cpp: ...)``, or nothing."""
-    return f" (llama.cpp: {'; '.join(lines)})" if lines else ""
+    """The first error line, which is the most specific one, as the end of a message; or nothing."""
+    return f" (llama.cpp: {' '.join(lines[0].split())})" if lines else ""

@@ -80,7 +80,10 @@ class Projector:
         with logs.native_call() as errors:
             self._context = mtmd.mtmd_init_from_file(str(path).encode(), model.pointer, params)
         if not self._context:
-            raise ModelError(f"{path}: cannot be used as this model's mmproj{logs.explain(errors)}")
+            raise ModelError(
+                f"{path}: not the mmproj of this model; use the file that was converted together with it"
+                f"{logs.explain(errors)}"
+            )
         if not mtmd.mtmd_support_vision(self._context):
             self.close()
             raise ModelError(f"{path}: this mmproj has no vision encoder")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from edge_shiftkv.errors import PromptError
 from edge_shiftkv.native import shiftkv
 
+_MAX_PROXY = 4096  # llama-shiftkv.h
+
 
 @dataclass(frozen=True)
 class ShiftKV:
@@ -17,7 +19,7 @@ class ShiftKV:
     Models", Findings of ACL 2026 (2026.findings-acl.1447). The names are the paper's.
 
     gamma: expansion of the hidden state's standard deviation, which the proxies are drawn with.
-    n_proxy: N, proxies per layer; a multiple of the number of groups.
+    n_proxy: N, proxies per layer; a multiple of the number of groups, at most 4096.
     n_group: G, groups that vote; None takes the paper's: 32 for Qwen2-VL and its successors, 16 otherwise (LLaVA).
     n_stat: prompt tokens, counted from its end, that the hidden state's mean and standard deviation are taken over.
     n_layer_repeat: first layers whose proxies repeat the last hidden state instead of being drawn.
@@ -43,10 +45,9 @@ class ShiftKV:
         if not 0 < self.mass <= 1:
             raise PromptError(f"mass is {self.mass}: it has to be in (0, 1]")
         groups = (16, 32) if self.n_group is None else (self.n_group,)
-        if min(groups) < 1 or self.n_proxy < 1 or any(self.n_proxy % n for n in groups):
-            raise PromptError(
-                f"n_proxy is {self.n_proxy}: it has to be a multiple of n_group ({self.n_group or groups})"
-            )
+        if min(groups) < 1 or not 1 <= self.n_proxy <= _MAX_PROXY or any(self.n_proxy % n for n in groups):
+            multiple = f"a multiple of n_group ({self.n_group or '16 and 32'})"
+            raise PromptError(f"n_proxy is {self.n_proxy}: it has to be {multiple} and at most {_MAX_PROXY}")
         if min(self.n_stat, self.n_repeat) < 1 or self.n_layer_repeat < 0:
             raise PromptError("n_stat and n_repeat have to be >= 1, n_layer_repeat >= 0")
         if not 0 <= self.seed < 1 << 32:

@@ -29,7 +29,9 @@ def test_ctrl_c_in_the_consumer(runtime, expected):
     assert runtime.generate(PROMPT, max_tokens=16).text == expected
 
 
-@pytest.mark.parametrize("where", ["edge_shiftkv.decoding.Decoder.advance", "edge_shiftkv.native.mtmd.Projector.encode"])
+@pytest.mark.parametrize(
+    "where", ["edge_shiftkv.decoding.Decoder.advance", "edge_shiftkv.native.mtmd.Projector.encode"]
+)
 def test_ctrl_c_inside(runtime, tiny, expected, monkeypatch, where):
     with monkeypatch.context() as patch:
         patch.setattr(where, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from edge_shiftkv import ImageSpan, Runtime, Selection, ShiftKVError, heatmap
+
+RED = (214, 62, 52)
+
+
+def selection_of(kept, spans, n_prompt=100):
+    return Selection({0: np.array([kept], np.int32)}, n_prompt, spans)
+
+
+def panel(sheet, width=640, height=640):
+    """The pixels of the first panel, which stands below title and label."""
+    return np.asarray(sheet)[98 : 98 + height, 24 : 24 + width]
+
+
+def test_a_patch_that_was_kept_is_red():
+    # 2 x 2 patches from token 10 on; token 12 is the lower left one.
+    sheet = heatmap(selection_of([12, 99], [ImageSpan(0, 10, 14, 2, 2)]), [Image.new("RGB", (64, 64), "white")])
+    pixels = panel(sheet)
+    assert tuple(pixels[480, 160]) == RED
+    for y, x in ((160, 160), (160, 480), (480, 480)):
+        assert tuple(pixels[y, x]) == (255, 255, 255)
+
+
+def test_the_picture_is_faintly_there():
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("black", (0, 0, 32, 64))
+    pixels = panel(heatmap(selection_of([99], [ImageSpan(0, 10, 14, 2, 2)]), [image]))
+    assert 60 < pixels[160, 100].mean() < 120
+    assert pixels[160, 540].mean() == 255
+
+
+def test_a_picture_that_was_padded_to_a_square():
+    # 200 x 100 pixels: of 4 x 4 patches, the upper and the lower row saw padding only.
+    kept = [10 + 4 * row + column for row in (0, 3) for column in range(4)]
+    sheet = heatmap(selection_of([*kept, 99], [ImageSpan(0, 10, 26, 4, 4)]), [Image.new("RGB", (200, 100), "white")])
+    inside = panel(sheet, 640, 320)[4:-4, 4:-4]
+    assert tuple(inside[40, 40]) == (255, 255, 255)
+    assert not (inside == RED).all(axis=-1).any()
+
+
+def test_a_grid_of_the_pictures_shape_covers_it():
+    sheet = heatmap(selection_of([10, 99], [ImageSpan(0, 10, 18, 4, 2)]), [Image.new("RGB", (205, 100), "white")])
+    assert tuple(panel(sheet)[50, 50]) == RED
+
+
+def test_one_panel_for_each_picture():
+    spans = [ImageSpan(0, 10, 14, 2, 2), ImageSpan(1, 20, 24, 2, 2)]
+    images = [Image.new("RGB", (64, 64)), Image.new("RGB", (20, 64))]
+    one = heatmap(selection_of([10, 99], spans[:1]), images[:1])
+    two = heatmap(selection_of([10, 99], spans), images)
+    assert two.width == one.width + 200 + 24
+    assert two.height == one.height
+
+
+@pytest.mark.parametrize("n_images", [0, 2])
+def test_the_wrong_number_of_pictures(n_images):
+    with pytest.raises(ShiftKVError, match=f"had 1 pictures, {n_images} were passed"):
+        heatmap(selection_of([10, 99], [ImageSpan(0, 10, 14, 2, 2)]), [Image.new("RGB", (64, 64))] * n_images)
+
+
+def test_a_prompt_without_pictures():
+    with pytest.raises(ShiftKVError, match="had 0 pictures"):
+        heatmap(selection_of([10, 99], []), [])
+
+
+def test_a_tiled_picture_has_its_tiles_and_its_overview(tiny):
+    with Runtime(tiny.text, tiny.tiled_mmproj, n_threads=1, kv_budget=20) as runtime:
+        selection = runtime.generate("What is it?", [tiny.picture], max_tokens=1).selection
+    with Image.open(tiny.picture) as image:
+        sheet = heatmap(selection, [image])
+    assert sheet.size == (24 + 2 * (640 + 24) + 140, 384 + 26 + 5 * 24)
