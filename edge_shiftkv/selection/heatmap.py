@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from edge_shiftkv.errors import ShiftKVError
 from edge_shiftkv.selection.results import ImageSpan, Selection, guess_grid
 
 _PANEL = 640  # pixels of a panel's longer side
-_MARGIN, _BAR, _TITLE, _LABEL = 24, 28, 26, 18
+_COLUMNS, _MIN_WIDTH = 3, 480
+_MARGIN, _BAR, _TICK, _TITLE, _LABEL = 24, 28, 11, 26, 18
 _INK, _PAPER, _GRID = (38, 38, 38), (255, 255, 255), (214, 208, 200)
 # From none (paper) to most; the darkest still lets black text show through.
 _COLOURS = np.array([[255, 255, 255], [255, 232, 190], [253, 190, 110], [244, 124, 70], [214, 62, 52]], float)
@@ -42,22 +44,27 @@ def heatmap(selection: Selection, images: Sequence[Image.Image]) -> Image.Image:
         raise ShiftKVError(f"the prompt had {n_images} pictures, {len(images)} were passed: there is nothing to draw")
     panels = [panel for i, image in enumerate(images) for panel in _panels(selection, i, image)]
     top = max(1, *(int(panel.counts.max()) for panel in panels))
-    tiles = [_draw(panel, top) for panel in panels]
+    tiles = [(panel.label, _draw(panel, top)) for panel in panels]
+    rows = [tiles[i : i + _COLUMNS] for i in range(0, len(tiles), _COLUMNS)]
 
-    height = max(tile.height for tile in tiles)
-    width = sum(tile.width + _MARGIN for tile in tiles)
-    sheet = Image.new("RGB", (_MARGIN + width + 5 * _BAR, height + _TITLE + 5 * _MARGIN), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    kept = f"{selection.n_kept} of {selection.n_prompt} prompt tokens kept per layer and KV head"
-    draw.text((_MARGIN, _MARGIN), _fit(kept, sheet.width - 2 * _MARGIN, _TITLE), _INK, _font(_TITLE))
-    x, y = _MARGIN, _TITLE + 3 * _MARGIN
-    for panel, tile in zip(panels, tiles, strict=True):
-        draw.text((x, y - _LABEL - 8), _fit(panel.label, tile.width, _LABEL), _INK, _font(_LABEL))
-        sheet.paste(tile, (x, y))
-        x += tile.width + _MARGIN
-    _draw_bar(sheet, (x, y), height, top)
-    text = f"shade: how many of the {selection.n_heads} (layer, KV head) pairs kept the patch"
-    draw.text((_MARGIN, y + height + 12), _fit(text, sheet.width - 2 * _MARGIN, _LABEL), _INK, _font(_LABEL))
+    row_heights = [_LABEL + 8 + max(tile.height for _, tile in row) + _MARGIN for row in rows]
+    width = max(_MIN_WIDTH, *(sum(tile.width + _MARGIN for _, tile in row) for row in rows))
+    bar_width = _BAR + _TICK + _font(_LABEL).getlength(str(top)) + _MARGIN
+    size = (_MARGIN + width + round(bar_width), _TITLE + 4 * _MARGIN + sum(row_heights))
+    sheet = Image.new("RGB", size, _PAPER)
+    _write(sheet, _MARGIN, _MARGIN, f"KV budget {selection.n_kept} of {selection.n_prompt} prompt tokens", _TITLE)
+    y = _TITLE + 2 * _MARGIN
+    for row, row_height in zip(rows, row_heights, strict=True):
+        x = _MARGIN
+        for label, tile in row:
+            _write(sheet, x, y, label, _LABEL, tile.width)
+            sheet.paste(tile, (x, y + _LABEL + 8))
+            x += tile.width + _MARGIN
+        y += row_height
+    _draw_bar(sheet, (_MARGIN + width, _TITLE + 2 * _MARGIN + _LABEL + 8), rows[0][0][1].height, top)
+    _write(
+        sheet, _MARGIN, y, f"shade: how many of the {selection.n_heads} (layer, KV head) pairs kept the patch", _LABEL
+    )
     return sheet
 
 
@@ -115,10 +122,10 @@ def _draw_bar(sheet: Image.Image, at: tuple[int, int], height: int, top: int) ->
     sheet.paste(Image.fromarray(_colour(values).astype(np.uint8)), (x, y))
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((x, y, x + _BAR - 1, y + height - 1), outline=_INK)
-    for value in sorted({round(top * i / 5) for i in range(6)}):
+    for value in range(0, top + 1, math.ceil(top / 8)):
         level = y + round((height - 1) * (1 - value / top))
-        draw.line((x + _BAR, level, x + _BAR + 6, level), _INK)
-        draw.text((x + _BAR + 11, level), str(value), _INK, _font(_LABEL), anchor="lm")
+        draw.line((x + _BAR, level, x + _BAR + _TICK - 5, level), _INK)
+        draw.text((x + _BAR + _TICK, level), str(value), _INK, _font(_LABEL), anchor="lm")
 
 
 def _colour(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -127,13 +134,13 @@ def _colour(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.stack([np.interp(values, stops, channel) for channel in _COLOURS.T], axis=-1)
 
 
-def _fit(text: str, width: int, size: int) -> str:
-    """`text`, shortened to `width` pixels."""
-    if _font(size).getlength(text) <= width:
-        return text
-    while text and _font(size).getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
+def _write(sheet: Image.Image, x: int, y: int, text: str, size: int, width: int | None = None) -> None:
+    """Write at (x, y), shortened to `width` pixels or else to what the sheet has."""
+    width = width or sheet.width - x - _MARGIN
+    shown = text
+    while len(shown) > 3 and _font(size).getlength(shown) > width:
+        shown = f"{shown[:-4]}..."
+    ImageDraw.Draw(sheet).text((x, y), shown, _INK, _font(size))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

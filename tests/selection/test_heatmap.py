@@ -13,7 +13,7 @@ def selection_of(kept, spans, n_prompt=100):
 
 def panel(sheet, width=640, height=640):
     """The pixels of the first panel, which stands below title and label."""
-    return np.asarray(sheet)[98 : 98 + height, 24 : 24 + width]
+    return np.asarray(sheet)[100 : 100 + height, 24 : 24 + width]
 
 
 def test_a_patch_that_was_kept_is_red():
@@ -47,13 +47,13 @@ def test_a_grid_of_the_pictures_shape_covers_it():
     assert tuple(panel(sheet)[50, 50]) == RED
 
 
-def test_one_panel_for_each_picture():
-    spans = [ImageSpan(0, 10, 14, 2, 2), ImageSpan(1, 20, 24, 2, 2)]
-    images = [Image.new("RGB", (64, 64)), Image.new("RGB", (20, 64))]
-    one = heatmap(selection_of([10, 99], spans[:1]), images[:1])
-    two = heatmap(selection_of([10, 99], spans), images)
-    assert two.width == one.width + 200 + 24
-    assert two.height == one.height
+def test_one_panel_for_each_picture_three_in_a_row():
+    spans = [ImageSpan(i, 10 * i, 10 * i + 4, 2, 2) for i in range(4)]
+    images = [Image.new("RGB", (64, 64)), *[Image.new("RGB", (20, 64))] * 3]
+    sheets = [heatmap(selection_of([10, 99], spans[:n]), images[:n]) for n in range(1, 5)]
+    widths, heights = ([sheet.size[axis] for sheet in sheets] for axis in (0, 1))
+    assert np.diff(widths).tolist() == [200 + 24, 200 + 24, 0]
+    assert np.diff(heights).tolist() == [0, 0, 640 + 50]
 
 
 @pytest.mark.parametrize("n_images", [0, 2])
@@ -70,6 +70,6 @@ def test_a_prompt_without_pictures():
 def test_a_tiled_picture_has_its_tiles_and_its_overview(tiny):
     with Runtime(tiny.text, tiny.tiled_mmproj, n_threads=1, kv_budget=20) as runtime:
         selection = runtime.generate("What is it?", [tiny.picture], max_tokens=1).selection
-    with Image.open(tiny.picture) as image:
-        sheet = heatmap(selection, [image])
-    assert sheet.size == (24 + 2 * (640 + 24) + 140, 384 + 26 + 5 * 24)
+    image = Image.open(tiny.picture)
+    whole = heatmap(selection_of([99], [ImageSpan(0, 10, 14, 2, 2)]), [image])
+    assert heatmap(selection, [image]).width == whole.width + 640 + 24

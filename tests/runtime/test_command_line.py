@@ -1,0 +1,133 @@
+import json
+import shutil
+import signal
+
+import pytest
+from PIL import Image
+
+from edge_shiftkv import Runtime, cli
+
+PROMPT = "What is on the picture? " * 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setattr("edge_shiftkv.runtime._usable_cpus", lambda: 1)
+
+
+@pytest.fixture
+def run(tiny, capsys):
+    """A function: arguments to (exit status, stdout, stderr) of `run` with the tiny model and its picture."""
+
+    def call(*arguments):
+        common = ["run", "-m", str(tiny.text), "--mmproj", str(tiny.mmproj), "--image", str(tiny.picture), "-n", "12"]
+        status = cli.main([*common, "-p", PROMPT, *arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_run_prints_the_answer(run, tiny):
+    with Runtime(tiny.text, tiny.mmproj, kv_budget=24) as runtime:
+        answer = runtime.generate(PROMPT, [tiny.picture], max_tokens=12)
+    assert run("--kv-budget", "24") == (0, f"{answer.text}\n", "")
+
+
+def test_run_prints_figures_to_stderr(run):
+    status, out, err = run("--kv-budget", "24", "--stats")
+    assert status == 0
+    assert out == run("--kv-budget", "24")[1]
+    for part in ("tokens (16 visual, ", "24 per layer and KV head", " MiB -> 0.01 MiB", "selection", "(12 tokens, "):
+        assert part in err
+
+
+def test_run_prints_json(run):
+    status, out, err = run("--kv-budget", "24", "--json")
+    answer = json.loads(out)
+    assert (status, err) == (0, "")
+    assert f"{answer['text']}\n" == run("--kv-budget", "24")[1]
+    assert answer["finish_reason"] == "length"
+    assert answer["figures"]["kept_tokens"] == 24
+
+
+def test_run_takes_every_setting(run):
+    status, out, _ = run(
+        *(
+            "--kv-budget",
+            "24",
+            "--n-ctx",
+            "300",
+            "--temperature",
+            "1.5",
+            "--top-k",
+            "0",
+            "--top-p",
+            "1",
+            "--min-p",
+            "0",
+        ),
+        *("--seed", "3", "--stop", "zz", "--stop", "qq", "--type-k", "f32", "--type-v", "f32", "--gpu-layers", "0"),
+        *("--threads", "1", "--raw"),
+    )
+    assert status == 0
+    assert out != run("--kv-budget", "24")[1]
+
+
+def test_run_draws_a_heat_map(run, tmp_path):
+    status, _, err = run("--kv-budget", "24", "--heatmap", str(tmp_path / "map.png"))
+    assert (status, err) == (0, f"heat map: {tmp_path / 'map.png'}\n")
+    with Image.open(tmp_path / "map.png") as sheet:
+        assert sheet.width > 640
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "none.gguf"], "none.gguf: No such file or directory"),
+        (["--image", "none.png"], "none.png: No such file or directory"),
+        (["--kv-budget", "1"], "kv_budget is 1"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--n-ctx", "20"], "n_ctx is 20"),
+        (["--heatmap", "map.png"], "no heat map: the whole prompt is within the budget"),
+        (["--kv-budget", "24", "--heatmap", "map.nothing"], "map.nothing: unknown file extension"),
+    ],
+)
+def test_errors_are_one_line(run, arguments, message):
+    status, _, err = run(*arguments)
+    assert status == 1
+    assert err.startswith("edge-shiftkv run: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_ends_without_a_traceback(run, monkeypatch):
+    monkeypatch.setattr("edge_shiftkv.decoding.Decoder.advance", lambda *_: signal.raise_signal(signal.SIGINT))
+    status, _, err = run()
+    assert (status, err) == (130, "")
+
+
+def test_demo_shows_both_caches(tiny, tmp_path, monkeypatch, capsys):
+    for source, name in (
+        (tiny.text, "demo-text-q8_0.gguf"),
+        (tiny.mmproj, "demo-mmproj-f16.gguf"),
+        (tiny.picture, "document.png"),
+    ):
+        shutil.copy(source, tmp_path / name)
+    monkeypatch.setattr("edge_shiftkv.commands.models_dir", lambda: tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["demo", "--kv-budget", "20", "--heatmap", str(tmp_path / "map.png")]) == 0
+    out = capsys.readouterr().out
+    lines = {line[:16].strip(): line[16:] for line in out.splitlines()}
+    assert str(tmp_path / "document.png") in out
+    assert "full KV cache" in out
+    assert "kv_budget 20" in out
+    assert lines["kept"].split()[0] == lines["prompt"].split()[0]
+    assert "20 per layer and KV head" in lines["kept"]
+    assert max(map(len, out.splitlines())) <= max(120, len(str(tmp_path)) + 24)
+    assert (tmp_path / "map.png").is_file()
+
+
+def test_the_shipped_model_reads_its_document(demo, capsys):
+    assert cli.main(["run", "-m", str(demo / "demo-text-q8_0.gguf"), "-p", "x", "-n", "1"]) == 0
+    assert cli.main(["demo"]) == 0
+    assert "kv_budget 64" in capsys.readouterr().out

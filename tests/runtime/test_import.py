@@ -1,0 +1,46 @@
+"""Without the patched library, importing says what to do, and the builder still starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STOCK = {"__init__.py": "", "llama_cpp.py": "class _lib: pass", "mtmd_cpp.py": ""}
+MISSING = {"__init__.py": "raise ImportError('no llama_cpp')"}
+WITHOUT_LIBRARY = {"__init__.py": "raise FileNotFoundError('Shared library not found')"}
+
+
+@pytest.fixture(params=[STOCK, MISSING, WITHOUT_LIBRARY])
+def python(request, tmp_path, monkeypatch):
+    """A function that runs Python with arguments where llama_cpp is a stand-in."""
+    (tmp_path / "llama_cpp").mkdir()
+    for name, text in request.param.items():
+        (tmp_path / "llama_cpp" / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    return run
+
+
+def test_importing_names_the_command(python):
+    result = python("-c", "import edge_shiftkv")
+    assert result.returncode == 1
+    assert "ImportError: edge_shiftkv needs its patched llama-cpp-python" in result.stderr
+    assert "edge-shiftkv build" in result.stderr.splitlines()[-1]
+
+
+def test_the_commands_name_it_in_one_line(python):
+    result = python(str(ROOT / "edge_shiftkv_cli.py"), "run", "-m", "a.gguf", "-p", "x")
+    assert result.returncode == 1
+    assert result.stderr.startswith("edge-shiftkv run: edge_shiftkv needs its patched llama-cpp-python")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_builder_starts(python):
+    result = python(str(ROOT / "edge_shiftkv_cli.py"), "build", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
