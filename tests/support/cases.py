@@ -1,0 +1,67 @@
+"""Prompts to decode and select from: models, KV types, parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from support import selection
+from support.gguf_random import Spec
+from support.native import OK, Chunk, Context, Model, set_causal_attn
+from support.prompts import text, two_images
+from support.reference import Settings
+
+Load = Callable[[Spec], Model]
+"""The fixture that writes and loads a random model."""
+
+FEW = Settings(n_proxy=128)
+"""Enough for what does not depend on their number."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the tables. `context` are further options of the context."""
+
+    name: str
+    spec: Spec = field(default_factory=Spec)
+    settings: Settings = FEW
+    budget: int = 40
+    n_prompt: int = 150
+    images: bool = False
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash: bool | None = False
+    n_ubatch: int = 512
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self) -> list[Chunk]:
+        """The prompt's text and images."""
+        return two_images(self.spec.n_embd) if self.images else [text(self.n_prompt)]
+
+
+MHA = Spec(n_head_kv=4)
+QWEN2 = Spec("qwen2")
+QWEN3 = Spec("qwen3", d_head=48)
+PHI3 = Spec("phi3")
+QWEN2VL = Spec("qwen2vl", meta={"rope.dimension_sections": [6, 5, 5, 0]})
+QWEN2VL_64 = Spec("qwen2vl", n_head=2, n_head_kv=1, d_head=64, meta={"rope.dimension_sections": [12, 10, 10, 0]})
+# Every other layer has a sliding window.
+GEMMA2 = Spec("gemma2", n_layer=6, meta={"attention.sliding_window": 32, "attn_logit_softcapping": 20.0})
+GEMMA3 = Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 32, "attention.sliding_window_pattern": 2})
+
+
+def selected(model: Model, case: Case) -> Context:
+    """A context that has decoded the case's prompt and selected from it."""
+    options = {"type_k": case.type_k, "type_v": case.type_v, "flash": case.flash, "n_ubatch": case.n_ubatch}
+    context = Context(model, **options, **case.context)
+    assert context.capture() == OK
+    non_causal = case.images and case.spec.arch == "gemma3"  # as mtmd decodes its images
+    position = 0
+    for chunk in case.prompt():
+        set_causal_attn(context.pointer, not (non_causal and not isinstance(chunk, list)))
+        position = context.prefill([chunk], position=position)
+    set_causal_attn(context.pointer, True)
+    assert position == context.last_position() + 1
+    assert context.select(selection.native_params(case.settings, case.budget)) == OK
+    return context
