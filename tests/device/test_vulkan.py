@@ -1,0 +1,45 @@
+"""The tests that concern a device, once more on ggml's Vulkan backend; Mesa's software device will do.
+
+A device that is not the CPU shows what a host hides: reading device memory through a pointer, or an op a backend lacks.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+COUNT_DEVICES = """
+import llama_cpp
+llama_cpp.llama_backend_init()
+assert llama_cpp.llama_supports_gpu_offload(), "ggml sees no Vulkan device"
+"""
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    library = os.environ.get("EDGE_SHIFTKV_VULKAN_LIB")
+    if not library:
+        pytest.skip("EDGE_SHIFTKV_VULKAN_LIB is not set: scripts/dev.py test sets it where Vulkan can be installed")
+    return {
+        **os.environ,
+        "LLAMA_CPP_LIB_PATH": library,
+        "EDGE_SHIFTKV_TEST_GPU_LAYERS": "99",
+        "GGML_VK_VISIBLE_DEVICES": "0",
+    }
+
+
+def test_there_is_a_device(environment: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT_DEVICES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_device_tests_pass_there(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", str(TESTS / "native")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
