@@ -17,7 +17,7 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler
 
 
 def main(model: str, mmproj: str, picture: str, *prompts: str) -> None:
-    """Prints, for every prompt, the answer's text and a digest of the prompt's logits; then an answer on the picture."""
+    """Print, for every prompt, the answer and a digest of the prompt's logits; then an answer on the picture."""
     settings = {"n_ctx": 1024, "n_gpu_layers": 0, "n_threads": 2, "verbose": False}
     plain = llama_cpp.Llama(model, logits_all=True, **settings)
     answers = []
