@@ -13,8 +13,8 @@ others are blank. Four tasks are asked about it:
 ``transcribe``
     all lines that are not blank, from top to bottom, separated by newlines; gaps inside a line count as one space
 
-Everything follows from a seed, through integer arithmetic and numpy's frozen ``RandomState`` stream only, so that a seed
-gives the same picture on every machine. Needs numpy and pillow.
+Everything follows from a seed, through integer arithmetic and numpy's frozen ``RandomState`` stream only, so that a
+seed gives the same picture on every machine. Needs numpy and pillow.
 
 ``python scripts/demo_documents.py --seed 7 --out document.png`` writes a picture and prints its questions;
 ``--make-atlas`` renders ``models/demo/glyphs.png`` anew from the fonts installed on this machine.
@@ -45,18 +45,20 @@ FONTS = (
     ("dejavu/DejaVuSerif.ttf", 11),
 )
 
-LABELS = tuple(
-    "TOTAL TAX NET DATE REF ITEM CODE UNIT PRICE QTY ORDER BATCH LOT SIZE MASS TEMP ROOM FLOOR DESK GATE SEAT TRAIN BUS "
-    "FARE ZONE AREA STOCK SHELF BIN PART MODEL SERIAL METER GAS WATER POWER FUEL RENT FEES BONUS SALARY HOURS RATE LOAN "
-    "CREDIT DEBIT SUM COUNT INDEX PAGE FILE CASE CLAIM POLICY TICKET PHONE FAX PIN KEY LOCK BOX CRATE LOAD AXLE SPEED "
-    "WIND RAIN LEVEL DEPTH WIDTH HEIGHT ANGLE VOLT AMP PULSE DOSE WARD BED AGE YEAR MONTH WEEK DAY GRADE SCORE POINTS "
-    "RANK TEAM LANE LAP RACE".split()
+_LABELS = (
+    "TOTAL TAX NET DATE REF ITEM CODE UNIT PRICE QTY ORDER BATCH LOT SIZE MASS TEMP ROOM FLOOR DESK GATE SEAT TRAIN "
+    "BUS FARE ZONE AREA STOCK SHELF BIN PART MODEL SERIAL METER GAS WATER POWER FUEL RENT FEES BONUS SALARY HOURS "
+    "RATE LOAN CREDIT DEBIT SUM COUNT INDEX PAGE FILE CASE CLAIM POLICY TICKET PHONE FAX PIN KEY LOCK BOX CRATE LOAD "
+    "AXLE SPEED WIND RAIN LEVEL DEPTH WIDTH HEIGHT ANGLE VOLT AMP PULSE DOSE WARD BED AGE YEAR MONTH WEEK DAY GRADE "
+    "SCORE POINTS RANK TEAM LANE LAP RACE"
 )
-WORDS = tuple(
-    "THANK YOU PAID CASH CARD COPY DRAFT FINAL URGENT CHECK SIGN HERE NOTES TERMS APPLY OPEN CLOSED SEE BACK NEXT VISIT "
-    "AGAIN STAMP OFFICE NORTH SOUTH EAST WEST HOME WORK SHOP STORE MARKET CITY TOWN ROAD STREET BRIDGE RIVER GARDEN BLUE "
-    "GREEN WHITE BLACK SMALL LARGE FRESH LOCAL".split()
+LABELS = tuple(_LABELS.split())
+_WORDS = (
+    "THANK YOU PAID CASH CARD COPY DRAFT FINAL URGENT CHECK SIGN HERE NOTES TERMS APPLY OPEN CLOSED SEE BACK NEXT "
+    "VISIT AGAIN STAMP OFFICE NORTH SOUTH EAST WEST HOME WORK SHOP STORE MARKET CITY TOWN ROAD STREET BRIDGE RIVER "
+    "GARDEN BLUE GREEN WHITE BLACK SMALL LARGE FRESH LOCAL"
 )
+WORDS = tuple(_WORDS.split())
 WORDINGS = {
     "lookup": ("What is the value of {}?", "What is {}?", "Give the value of {}.", "Look up {}."),
     "line": ("Read line {}.", "What is on line {}?", "What does line {} say?"),

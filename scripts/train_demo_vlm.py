@@ -8,7 +8,8 @@ to a text model of the llama architecture (4 layers, width 192, 6 heads on 2 KV 
     python scripts/train_demo_vlm.py export --checkpoint demo.pt      # GGUF files into models/demo/
     python scripts/train_demo_vlm.py check  --checkpoint demo.pt      # llama.cpp's greedy answers against torch's
 
-Needs the extra `train` (PyTorch), and for `check` the patched llama-cpp-python. Nothing else in the project needs PyTorch.
+Needs the extra `train` (PyTorch), and for `check` the patched llama-cpp-python. Nothing else in the project needs
+PyTorch.
 """
 
 from __future__ import annotations
@@ -115,7 +116,10 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding on neighbouring pairs, as llama.cpp's llama architecture has it. x: [batch, tokens, heads, head]."""
+    """Rotary embedding on neighbouring pairs, as llama.cpp's llama architecture has it.
+
+    x: [batch, tokens, heads, head].
+    """
     cos, sin = rope
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -218,13 +222,27 @@ def pack(seed: int, mix: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.generi
 
 
 def task_mix(step: int, steps: int) -> npt.NDArray[np.float64]:
-    """Shares of the tasks: long readings first, which teach the way over the page, then mostly look-ups and lists."""
+    """Shares of the tasks: long readings first, which teach the way over the page, then mostly look-ups and lists.
+
+    From `steps` on the model is refined: mostly look-ups, which are learned last.
+    """
+    if step >= steps:
+        return np.array([0.7, 0.1, 0.12, 0.08])
     return np.array([0.15, 0.35, 0.1, 0.4] if step < 0.12 * steps else [0.4, 0.2, 0.25, 0.15])
 
 
-def produce(queue: multiprocessing.Queue[list[npt.NDArray[np.generic]]], first: int, steps: int, batch: int) -> None:
+def rate_scale(step: int, first: int, steps: int, refine: int) -> float:
+    """Learning rate over its peak: a cosine to 2 %, then, to refine, linearly from 30 % to none; short warm-ups."""
+    if step >= steps:
+        return 0.3 * min(1.0, (step - max(first, steps) + 1) / 20) * (1 - (step - steps) / refine)
+    return min(1.0, (step - first + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+def produce(
+    queue: multiprocessing.Queue[list[npt.NDArray[np.generic]]], first: int, steps: int, refine: int, batch: int
+) -> None:
     torch.set_num_threads(1)
-    for step in range(first, steps):
+    for step in range(first, steps + refine):
         seeds = [(1 + (step * batch + i) * 7919) % 2**31 + TRAIN_SEED for i in range(batch)]
         items = [pack(seed, task_mix(step, steps)) for seed in seeds]
         queue.put([np.stack(column) for column in zip(*items, strict=True)])
@@ -234,8 +252,9 @@ def produce(queue: multiprocessing.Queue[list[npt.NDArray[np.generic]]], first: 
 
 
 def train(args: argparse.Namespace) -> None:
-    """Muon for the layers' matrices, AdamW for the rest; a cosine to 2 %; goes on from a checkpoint."""
+    """Muon for the layers' matrices, AdamW for the rest; goes on from a checkpoint."""
     torch.manual_seed(0)
+    last = args.steps + args.refine
     model = DemoVLM()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("blocks" in name or "vit" in name)]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
@@ -252,10 +271,12 @@ def train(args: argparse.Namespace) -> None:
         first = saved["step"]
     compiled = torch.compile(model)
     queue: multiprocessing.Queue[list[npt.NDArray[np.generic]]] = multiprocessing.Queue(4)
-    multiprocessing.Process(target=produce, args=(queue, first, args.steps, args.batch), daemon=True).start()
+    multiprocessing.Process(
+        target=produce, args=(queue, first, args.steps, args.refine, args.batch), daemon=True
+    ).start()
     start = time.monotonic()
-    for step in range(first, args.steps):
-        scale = min(1.0, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps)))
+    for step in range(first, last):
+        scale = rate_scale(step, first, args.steps, args.refine)
         for optimizer, peak in peaks:
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
@@ -274,7 +295,7 @@ def train(args: argparse.Namespace) -> None:
             print(
                 f"{step} loss {loss.item():.3f} glyphs {glyphs.item():.3f} {time.monotonic() - start:.0f} s", flush=True
             )
-        if step % 100 == 99 or step == args.steps - 1:
+        if step % 50 == 49 or step == last - 1:
             state = {
                 "model": model.state_dict(),
                 "muon": muon.state_dict(),
@@ -487,6 +508,7 @@ def main() -> None:
         command.add_argument("--checkpoint", type=Path, default=Path("demo.pt"))
         if name == "train":
             command.add_argument("--steps", type=int, default=2200)
+            command.add_argument("--refine", type=int, default=0, help="further steps, mostly of look-ups (default 0)")
             command.add_argument("--batch", type=int, default=24)
         if name in ("eval", "check"):
             command.add_argument("--documents", type=int, default=300, help="held-out documents (default 300)")
