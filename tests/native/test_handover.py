@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
-from support.cases import GEMMA2, GEMMA3, QWEN2VL, Case, Load
+from support.cases import GEMMA2, GEMMA3, QWEN2VL, SMALL_WINDOWS, Case, Load, selected
 from support.gguf_random import Spec
 from support.kv_state import Cells
 from support.native import NO_SPACE, OK, Context, Model, params
@@ -173,17 +175,17 @@ def test_shared_cells_are_not_overwritten(load: Load, n_ctx: int) -> None:
         Case("qwen2vl", QWEN2VL, images=True),
         Case("gemma2", GEMMA2, images=True),
         Case("gemma3", GEMMA3, images=True),
+        Case("gemma3-small-windows", GEMMA3, n_prompt=400, context=SMALL_WINDOWS),
     ],
     ids=lambda case: case.name,
 )
-@pytest.mark.parametrize("n_ubatch", [512, 32])
+@pytest.mark.parametrize("n_ubatch", [512, 64])  # non-causal images need room for themselves
 def test_images_and_windows(load: Load, case: Case, n_ubatch: int) -> None:
     """Cells take M-RoPE's positions along; window layers are handed over as they are."""
     model = load(case.spec)
-    with Context(model, type_k="f16", n_ubatch=n_ubatch) as context, Context(model, 256, type_k="f16") as small:
-        assert context.capture() == OK
-        n_past = context.prefill(case.prompt())
-        select(context)
+    case = replace(case, n_ubatch=n_ubatch)
+    with selected(model, case) as context, Context(model, 256, type_k="f16", **case.context) as small:
+        n_past = context.last_position() + 1
         source = context.cells()
         assert context.compact(small) == OK
         arrived = small.cells()

@@ -7,7 +7,21 @@ from dataclasses import replace
 import gguf
 import pytest
 from support import comparison, selection
-from support.cases import FEW, GEMMA2, GEMMA3, MHA, PHI3, QWEN2, QWEN2VL, QWEN2VL_64, QWEN3, Case, Load, selected
+from support.cases import (
+    FEW,
+    GEMMA2,
+    GEMMA3,
+    MHA,
+    PHI3,
+    QWEN2,
+    QWEN2VL,
+    QWEN2VL_64,
+    QWEN3,
+    SMALL_WINDOWS,
+    Case,
+    Load,
+    selected,
+)
 from support.gguf_random import Spec
 from support.native import Model
 from support.reference import Settings
@@ -71,6 +85,7 @@ PROMPTS = [
     Case("images", images=True),
     Case("images-flash-ubatch", images=True, flash=True, n_ubatch=32),
     Case("images-gemma3", GEMMA3, images=True),
+    Case("small-windows", GEMMA3, n_ubatch=32, n_prompt=400, context=SMALL_WINDOWS),
     Case("images-qwen2vl", QWEN2VL, images=True),
     Case("images-qwen2vl-flash-ubatch", QWEN2VL, images=True, flash=True, n_ubatch=32),
 ]

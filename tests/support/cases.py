@@ -8,7 +8,7 @@ from typing import Any
 
 from support import selection
 from support.gguf_random import Spec
-from support.native import OK, Chunk, Context, Model, set_causal_attn
+from support.native import OK, Chunk, Context, Image, Model, set_causal_attn
 from support.prompts import text, two_images
 from support.reference import Settings
 
@@ -50,18 +50,38 @@ QWEN2VL_64 = Spec("qwen2vl", n_head=2, n_head_kv=1, d_head=64, meta={"rope.dimen
 GEMMA2 = Spec("gemma2", n_layer=6, meta={"attention.sliding_window": 32, "attn_logit_softcapping": 20.0})
 GEMMA3 = Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 32, "attention.sliding_window_pattern": 2})
 
+SMALL_WINDOWS: Mapping[str, Any] = {"swa_full": False}
+"""Window layers with a cache of their own size, 256 cells for 32 tokens a time, which longer prompts wrap around in."""
+
+
+def open_context(model: Model, case: Case) -> Context:
+    """An empty context with the case's options."""
+    return Context(
+        model,
+        type_k=case.type_k,
+        type_v=case.type_v,
+        flash=case.flash,
+        n_ubatch=case.n_ubatch,
+        **case.context,
+    )
+
+
+def prefill(context: Context, case: Case) -> int:
+    """Decode the case's prompt; return the position after it."""
+    position = 0
+    for chunk in case.prompt():
+        # Gemma's images are decoded this way.
+        non_causal = case.spec.arch == "gemma3" and isinstance(chunk, Image)
+        set_causal_attn(context.pointer, not non_causal)
+        position = context.prefill([chunk], position=position)
+    set_causal_attn(context.pointer, True)
+    return position
+
 
 def selected(model: Model, case: Case) -> Context:
     """A context that has decoded the case's prompt and selected from it."""
-    options = {"type_k": case.type_k, "type_v": case.type_v, "flash": case.flash, "n_ubatch": case.n_ubatch}
-    context = Context(model, **options, **case.context)
+    context = open_context(model, case)
     assert context.capture() == OK
-    non_causal = case.images and case.spec.arch == "gemma3"  # as mtmd decodes its images
-    position = 0
-    for chunk in case.prompt():
-        set_causal_attn(context.pointer, not (non_causal and not isinstance(chunk, list)))
-        position = context.prefill([chunk], position=position)
-    set_causal_attn(context.pointer, True)
-    assert position == context.last_position() + 1
+    assert prefill(context, case) == context.last_position() + 1
     assert context.select(selection.native_params(case.settings, case.budget)) == OK
     return context
