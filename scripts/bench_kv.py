@@ -1,0 +1,355 @@
+"""Measure what cutting the KV cache costs and saves; prints Markdown tables.
+
+    python scripts/bench_kv.py selection -m MODEL    # the selection's share of prefill time, and what capturing costs
+    python scripts/bench_kv.py decode                # decode time against prompt length: full cache and cut cache
+    python scripts/bench_kv.py memory -m MODEL       # KV bytes and resident memory, before and after the cut
+
+Contexts are made, filled, cut and freed as `edge_shiftkv.Runtime` does it. What is compared is measured alternately in
+one run: figures are medians over rounds, ratios are medians of the rounds' ratios with their quartiles. The prompts are
+Python source. Without -m, `decode` uses a model with random weights and the shape of LLaVA-7B's layers, kept in the
+build's cache directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+import synthetic_gguf
+
+from edge_shiftkv.build import default_cache_dir
+from edge_shiftkv.native import shiftkv
+from edge_shiftkv.native.llama import Context, Model
+from edge_shiftkv.selection.methods import ShiftKV
+
+PREFILL_BATCH = 512
+REFERENCE_TOKENS = 256
+BLOCK = 8  # tokens decoded in a context before it is the next one's turn
+ROOM = 64  # for the answer, in a context that decodes
+MIB = 1 << 20
+
+Row = dict[str, Any]
+"""A table's row by heading; `ROUNDS`, which is not printed, has the single measurements."""
+
+ROUNDS = "rounds"
+
+
+class Bench:
+    """A model on the CPU, and a prompt for it of any length."""
+
+    def __init__(self, path: Path, n_threads: int) -> None:
+        self._model = Model(path, n_gpu_layers=0)
+        self._n_threads = n_threads
+        source = "\n".join(Path(module).read_text() for module in (argparse.__file__, multiprocessing.__file__))
+        self._text = self._model.tokenize(source)
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model.close()
+
+    def prompt(self, n_tokens: int) -> list[int]:
+        """The first tokens of a text that repeats itself."""
+        return [self._text[i % len(self._text)] for i in range(n_tokens)]
+
+    @contextmanager
+    def context(self, n_ctx: int, n_batch: int) -> Iterator[Context]:
+        """An empty context, freed at the end."""
+        context = Context(self._model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=self._n_threads)
+        with closing(context):
+            yield context
+
+    @contextmanager
+    def handed_over(self, source: Context) -> Iterator[Context]:
+        """A context to decode in, with the pairs that were selected in `source`."""
+        with self.context(shiftkv.info(source).n_kept + ROOM, 1) as context:
+            shiftkv.compact(source, context)
+            yield context
+
+    def select(self, context: Context, budget: int, n_proxy: int = ShiftKV.n_proxy) -> None:
+        """Select `budget` pairs of the captured prompt."""
+        shiftkv.select(context, ShiftKV(n_proxy=n_proxy).params(budget, self._model.architecture))
+
+
+def prefill(context: Context, tokens: Sequence[int], start: int = 0) -> None:
+    """Decode a prompt from its token `start` on, and wait for its logits."""
+    for i in range(start, len(tokens), context.n_batch):
+        stop = min(i + context.n_batch, len(tokens))
+        context.decode(tokens[i:stop], i, logits=stop == len(tokens))
+    context.logits()
+
+
+def seconds(function: Callable[..., None], *arguments: Any) -> float:
+    """The wall time of a call."""
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def measure_selection(
+    bench: Bench, n_prompt: int, budget: int, n_proxies: Sequence[int], rounds: int
+) -> tuple[list[float], list[float], dict[int, list[float]], dict[int, list[float]]]:
+    """Return the rounds' seconds: prefill without and with capture, then by `n_proxies` selection and hand-over."""
+    tokens = bench.prompt(n_prompt)
+    plain: list[float] = []
+    captured: list[float] = []
+    select: dict[int, list[float]] = {n: [] for n in n_proxies}
+    hand_over: dict[int, list[float]] = {n: [] for n in n_proxies}
+
+    def without_capture() -> None:
+        with bench.context(n_prompt, PREFILL_BATCH) as context:
+            plain.append(seconds(prefill, context, tokens))
+
+    def with_capture() -> None:
+        with bench.context(n_prompt, PREFILL_BATCH) as context:
+            shiftkv.capture(context)
+            captured.append(seconds(prefill, context, tokens))
+            for n_proxy in n_proxies:
+                select[n_proxy].append(seconds(bench.select, context, budget, n_proxy))
+                started = time.perf_counter()
+                with bench.handed_over(context):
+                    shiftkv.kept(context)
+                    hand_over[n_proxy].append(time.perf_counter() - started)
+
+    for i in range(rounds):
+        order = (without_capture, with_capture)
+        for step in order if i % 2 == 0 else order[::-1]:
+            step()
+    return plain, captured, select, hand_over
+
+
+def selection(options: argparse.Namespace) -> list[Row]:
+    """The selection's share of prefill time."""
+    rows: list[Row] = []
+    with closing(Bench(options.model, options.threads)) as bench:
+        measure_selection(bench, 2 * PREFILL_BATCH, options.budget, options.proxies[:1], 1)  # warm-up
+        for n_prompt in options.tokens:
+            plain, captured, select, hand_over = measure_selection(
+                bench, n_prompt, options.budget, options.proxies, options.rounds
+            )
+            capture = ratio(captured, plain)
+            for n_proxy in options.proxies:
+                both = [sum(pair) for pair in zip(select[n_proxy], hand_over[n_proxy], strict=True)]
+                rows.append(
+                    {
+                        "Prompt tokens": n_prompt,
+                        "Proxies": n_proxy,
+                        "Prefill, s": f"{np.median(plain):.2f}",
+                        "Prefill with / without capture": capture,
+                        "Selection, s": f"{np.median(select[n_proxy]):.3f}",
+                        "Hand-over, s": f"{np.median(hand_over[n_proxy]):.3f}",
+                        "Both / prefill": ratio(both, plain, percent=True),
+                        ROUNDS: {
+                            "prefill": plain,
+                            "prefill with capture": captured,
+                            "selection": select[n_proxy],
+                            "hand-over": hand_over[n_proxy],
+                        },
+                    }
+                )
+    return rows
+
+
+def decode_block(context: Context, position: int, token: int, n_tokens: int) -> None:
+    """Decode tokens from `position` on, waiting for the logits of each."""
+    for i in range(n_tokens):
+        context.decode([token], position + i)
+        context.logits()
+
+
+def measure_decode(contexts: dict[str, tuple[Context, int]], token: int, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds per token in each context, by round. The contexts are left as they were.
+
+    contexts: name -> a context, and the position that decoding goes on at in it.
+    """
+    names = list(contexts)
+    result: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(-1, rounds):  # the first one to warm up
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            context, position = contexts[name]
+            milliseconds = 1e3 * seconds(decode_block, context, position, token, BLOCK) / BLOCK
+            if not llama.llama_memory_seq_rm(llama.llama_get_memory(context.pointer), 0, position, -1):
+                raise RuntimeError("this model's cache does not take tokens back")
+            if i >= 0:
+                result[name].append(milliseconds)
+    return result
+
+
+def decode(options: argparse.Namespace) -> list[Row]:
+    """Decode time per token against prompt length."""
+    rows: list[Row] = []
+    lengths = sorted(options.tokens)
+    path = options.model or synthetic_model(options.layers)
+    with closing(Bench(path, options.threads)) as bench, bench.context(lengths[-1], PREFILL_BATCH) as large:
+        tokens = bench.prompt(lengths[-1])
+        shiftkv.capture(large)
+        prefill(large, tokens[:REFERENCE_TOKENS])
+        bench.select(large, REFERENCE_TOKENS)  # keeps all
+        with bench.handed_over(large) as reference:
+            n_past = REFERENCE_TOKENS
+            for n_prompt in lengths:
+                prefill(large, tokens[:n_prompt], n_past)
+                n_past = n_prompt
+                bench.select(large, n_prompt)
+                with bench.handed_over(large) as full:
+                    bench.select(large, options.budget)
+                    with bench.handed_over(large) as cut:
+                        contexts = {
+                            "full": (full, n_prompt),
+                            "cut": (cut, n_prompt),
+                            "short": (reference, REFERENCE_TOKENS),
+                        }
+                        times = measure_decode(contexts, tokens[0], options.rounds)
+                rows.append(
+                    {
+                        "Prompt tokens": n_prompt,
+                        "Full cache, ms": f"{np.median(times['full']):.2f}",
+                        f"Budget {options.budget}, ms": f"{np.median(times['cut']):.2f}",
+                        f"{REFERENCE_TOKENS}-token prompt, ms": f"{np.median(times['short']):.2f}",
+                        "Full / cut": ratio(times["full"], times["cut"]),
+                        f"Cut / {REFERENCE_TOKENS}-token prompt": ratio(times["cut"], times["short"]),
+                        ROUNDS: times,
+                    }
+                )
+    return rows
+
+
+def synthetic_model(n_layer: int) -> Path:
+    """A model with the shape of LLaVA-7B's layers, written unless the cache has it."""
+    path = default_cache_dir() / "bench" / f"llava-7b-{n_layer}-layers.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        synthetic_gguf.write_llava_7b(part, n_layer)
+        part.replace(path)
+    return path
+
+
+def memory(options: argparse.Namespace) -> list[Row]:
+    """KV bytes and resident memory of a new process, before and after the cut."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_memory, options).result()
+
+
+def measure_memory(options: argparse.Namespace) -> list[Row]:
+    """Return a row for each stage of a request; to be run in a process of its own."""
+    rows: list[Row] = []
+
+    def stage(name: str, *caches: tuple[Context, int]) -> None:
+        sizes = [shiftkv.cache_size(context) or 0 for context, _ in caches]
+        used = sum(size * n // context.n_ctx for size, (context, n) in zip(sizes, caches, strict=True))
+        total, anonymous = resident()
+        rows.append(
+            {
+                "Stage": name,
+                "KV pairs, MiB": f"{used / MIB:.1f}",
+                "KV caches, MiB": f"{sum(sizes) / MIB:.1f}",
+                "Resident, MiB": f"{total / MIB:.0f}",
+                "Of it not mapped files, MiB": f"{anonymous / MIB:.0f}",
+            }
+        )
+
+    n_prompt, budget = options.tokens, options.budget
+    with closing(Bench(options.model, options.threads)) as bench, ExitStack() as decoding:
+        tokens = bench.prompt(n_prompt)
+        stage("Model loaded")
+        with bench.context(n_prompt, PREFILL_BATCH) as large:
+            shiftkv.capture(large)
+            prefill(large, tokens)
+            stage(f"{n_prompt} tokens read", (large, n_prompt))
+            bench.select(large, budget)
+            small = decoding.enter_context(bench.handed_over(large))
+            stage(f"{budget} pairs handed over", (large, n_prompt), (small, budget))
+        stage("Large context freed", (small, budget))
+        decode_block(small, n_prompt, tokens[0], ROOM)
+        stage(f"{ROOM} tokens decoded", (small, budget + ROOM))
+    return rows
+
+
+def resident() -> tuple[int, int]:
+    """The bytes of this process in memory: all, and those that are no mapped files' (as the GGUF's)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise SystemExit("bench_kv.py memory: needs Linux, whose /proc tells resident memory")
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    total, anonymous = (1024 * int(fields[name].split()[0]) for name in ("VmRSS", "RssAnon"))
+    return total, anonymous
+
+
+def ratio(over: Sequence[float], under: Sequence[float], *, percent: bool = False) -> str:
+    """The median and the quartiles of the rounds' ratios."""
+    low, middle, high = np.quantile(np.divide(over, under), (0.25, 0.5, 0.75))
+    if percent:
+        return f"{middle:.1%} ({low:.1%} to {high:.1%})"
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table."""
+    headings = [heading for heading in rows[0] if heading != ROUNDS]
+    lines = [headings, ["---"] * len(headings), *([str(row[heading]) for heading in headings] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--budget", type=int, default=256, help="KV pairs kept per layer and KV head (256)")
+    common.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
+    common.add_argument("--json", type=Path, metavar="FILE", help="write the rows with all single measurements there")
+    parser = argparse.ArgumentParser(description="Measure what cutting the KV cache costs and saves.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(function: Callable[[argparse.Namespace], list[Row]], **extra: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__, parents=[common], help=function.__doc__)
+        command.add_argument("-m", "--model", type=Path, **extra)
+        command.set_defaults(function=function)
+        return command
+
+    command = add(selection, required=True, help="a GGUF file")
+    command.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="of the prompts")
+    command.add_argument("--proxies", type=int, nargs="+", default=[512, 256, 128], help="per layer")
+    command.add_argument("--rounds", type=int, default=3)
+
+    command = add(decode, help="a GGUF file (random weights)")
+    lengths = [512, 1024, 2048, 4096, 8192, 16384]
+    command.add_argument("--tokens", type=int, nargs="+", default=lengths, help="of the prompts")
+    command.add_argument("--layers", type=int, default=2, help="of the model with random weights (2)")
+    command.add_argument("--rounds", type=int, default=15)
+
+    command = add(memory, required=True, help="a GGUF file")
+    command.add_argument("--tokens", type=int, default=4096, help="of the prompt (4096)")
+
+    options = parser.parse_args(arguments)
+    lengths = options.tokens if isinstance(options.tokens, list) else [options.tokens]
+    if not 2 <= options.budget < min(lengths):
+        parser.error("the budget has to be 2 or more, and below the prompts' lengths")
+    if options.command == "decode" and min(lengths) <= REFERENCE_TOKENS:
+        parser.error(f"prompts are compared with one of {REFERENCE_TOKENS} tokens: they have to be longer")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print what came out."""
+    options = parse(arguments)
+    rows: list[Row] = options.function(options)
+    model = options.model.name if options.model else f"random weights, {options.layers} layers of LLaVA-7B's shape"
+    print(f"{model}; threads: {options.threads}; f16 KV cache; budget {options.budget}\n\n{markdown(rows)}")
+    if options.json:
+        settings = {"command": options.command, "model": model, "threads": options.threads, "budget": options.budget}
+        options.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
