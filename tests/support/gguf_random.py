@@ -167,6 +167,9 @@ def _layer(spec: Spec) -> Iterator[Tensor]:
     if spec.arch in _POST_NORM:
         yield "post_attention_norm.weight", (n_embd,), "norm"
         yield "post_ffw_norm.weight", (n_embd,), "norm"
+    if spec.arch == "gpt-oss":
+        yield from _experts_with_sinks(spec)
+        return
     yield "ffn_norm.weight", (n_embd,), "norm"
     if spec.arch == "phi3":
         yield "ffn_up.weight", (2 * n_ff, n_embd), "linear"
@@ -175,6 +178,18 @@ def _layer(spec: Spec) -> Iterator[Tensor]:
         if spec.arch != "mpt":
             yield "ffn_gate.weight", (n_ff, n_embd), "linear"
     yield "ffn_down.weight", (n_embd, n_ff), "linear"
+
+
+def _experts_with_sinks(spec: Spec) -> Iterator[Tensor]:
+    n_embd, n_ff, n_expert = spec.n_embd, spec.n_ff, spec.meta["expert_count"]
+    yield "attn_sinks.weight", (spec.n_head,), "bias"
+    yield "attn_output.bias", (n_embd,), "bias"
+    yield "post_attention_norm.weight", (n_embd,), "norm"
+    yield "ffn_gate_inp.weight", (n_expert, n_embd), "linear"
+    yield "ffn_gate_inp.bias", (n_expert,), "bias"
+    for part, shape in (("gate", (n_ff, n_embd)), ("up", (n_ff, n_embd)), ("down", (n_embd, n_ff))):
+        yield f"ffn_{part}_exps.weight", (n_expert, *shape), "linear"
+        yield f"ffn_{part}_exps.bias", (n_expert, shape[0]), "bias"
 
 
 def _mamba_layer(spec: Spec) -> Iterator[Tensor]:
@@ -199,6 +214,7 @@ def _t5(spec: Spec) -> Iterator[Tensor]:
         yield f"{side}.output_norm.weight", (n_embd,), "norm"
         for il in range(spec.n_layer):
             block = f"{side}.blk.{il}"
+            yield f"{block}.attn_rel_b.weight", (spec.meta["attention.relative_buckets_count"], spec.n_head), "bias"
             for attention in ("attn", "cross_attn") if side == "dec" else ("attn",):
                 yield f"{block}.{attention}_norm.weight", (n_embd,), "norm"
                 for part in "qkv":
