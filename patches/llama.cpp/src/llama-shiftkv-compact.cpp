@@ -296,7 +296,7 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
     // what was selected must still be there
     {
         std::vector<uint32_t> cells;
-        if (seq_id != sel.seq_id || collect(cells) != LLAMA_SHIFTKV_OK || cells != sel.cells) {
+        if (seq_id != sel.seq_id || collect(cells) != LLAMA_SHIFTKV_OK || cells != sel.cells || fingerprint(cells) != sel.hash) {
             return LLAMA_SHIFTKV_ERR_STALE;
         }
     }

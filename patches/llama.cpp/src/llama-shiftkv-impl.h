@@ -83,6 +83,7 @@ struct llama_shiftkv {
 
         std::vector<uint32_t> cells;   // the prompt's cells in order: index into the prompt -> cell
         llama_seq_id          seq_id;
+        uint64_t              hash;     // fingerprint() of the cells
 
         // per cut layer and KV head
         std::vector<std::vector<std::vector<int32_t>>> kept;   // indices into the prompt, ascending
@@ -108,6 +109,10 @@ struct llama_shiftkv {
 
     // the cells of the captured sequence in the order of its tokens
     int32_t collect(std::vector<uint32_t> & cells) const;
+
+    // of the keys that the cells hold in the first cut layer: shows whether they are still those of a selection
+    uint64_t fingerprint(const std::vector<uint32_t> & cells) const;
+
     int32_t get_stats(const layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const;
     int32_t get_queries(const layer & l, const std::vector<uint32_t> & cells, std::vector<float> & out) const;
 

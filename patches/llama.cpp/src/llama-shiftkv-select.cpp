@@ -108,6 +108,7 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params) {
         return status;
     }
     sel.seq_id = seq_id;
+    sel.hash   = fingerprint(sel.cells);
 
     const uint32_t n_prompt = sel.cells.size();
     const uint32_t n_kept   = std::min(n_prompt, params.budget);

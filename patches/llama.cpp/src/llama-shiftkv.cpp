@@ -579,10 +579,30 @@ int32_t llama_shiftkv::collect(std::vector<uint32_t> & cells) const {
     if (cells.empty()) {
         return LLAMA_SHIFTKV_ERR_EMPTY;
     }
-    if (cell_ord[(size_t) strm*kv->get_size() + cells.back()] != n_ord - 1) {
+    if (n_ord == 0 || cell_ord[(size_t) strm*kv->get_size() + cells.back()] != n_ord - 1) {
         return LLAMA_SHIFTKV_ERR_STALE;
     }
     return LLAMA_SHIFTKV_OK;
+}
+
+uint64_t llama_shiftkv::fingerprint(const std::vector<uint32_t> & cells) const {
+    const ggml_tensor * k = kv->layers[layers[0].ikv].k_stream[kv->get_stream(seq_id)];
+
+    const auto [lo, hi] = std::minmax_element(cells.begin(), cells.end());
+
+    const size_t nb_row = k->nb[1];
+    std::vector<uint8_t> rows((*hi - *lo + 1)*nb_row);
+    ggml_backend_tensor_get(k, rows.data(), *lo*nb_row, rows.size());
+
+    // FNV-1a, over 16 bits at a time: rows are whole multiples of that
+    uint64_t hash = 14695981039346656037ull;
+    for (const uint32_t cell : cells) {
+        const uint8_t * row = rows.data() + (cell - *lo)*nb_row;
+        for (size_t i = 0; i + 1 < nb_row; i += 2) {
+            hash = (hash ^ (row[i] | row[i + 1] << 8))*1099511628211ull;
+        }
+    }
+    return hash;
 }
 
 int32_t llama_shiftkv::get_stats(const layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const {
