@@ -311,6 +311,14 @@ def load(checkpoint: Path) -> DemoVLM:
     return model.eval()
 
 
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson's score."""
+    z2 = 1.96**2
+    middle = (right + z2 / 2) / (asked + z2)
+    half = math.sqrt(z2 * (right * (asked - right) / asked + z2 / 4)) / (asked + z2)
+    return middle - half, middle + half
+
+
 @torch.inference_mode()
 def evaluate(args: argparse.Namespace) -> None:
     """Exact match: a greedy answer is right if and only if, given the right answer, every next token is."""
@@ -333,8 +341,9 @@ def evaluate(args: argparse.Namespace) -> None:
             asked[item.task] += 1
             right[item.task] += span.tolist() == answer
     for task in TASKS:
-        p, n = right[task] / asked[task], asked[task]
-        print(f"{task:10s} {100 * p:5.1f} % of {n} (95 % interval +-{196 * math.sqrt(p * (1 - p) / n):.1f})")
+        low, high = wilson(right[task], asked[task])
+        share = right[task] / asked[task]
+        print(f"{task:10s} {100 * share:5.1f} % of {asked[task]} (95 % interval {100 * low:.1f} to {100 * high:.1f})")
 
 
 @torch.inference_mode()
