@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support import reference
-from support.cases import GEMMA2, GEMMA3, PHI3, QWEN2, QWEN2VL, QWEN3, Case, Load
+from support.cases import GEMMA2, GEMMA3, PHI3, QWEN2, QWEN2VL, QWEN3, QWEN3VL, Case, Load
 from support.gguf_random import Spec
-from support.native import GPU_LAYERS, OK, STALE, Context, Image, params
+from support.native import GPU_LAYERS, OK, STALE, Context, Image, assert_same, params
 from support.prompts import text
 from support.reference import Array
 from support.weights import Llama, Weights
@@ -41,7 +41,11 @@ def check_queries(
 
 def first_hidden(weights: Weights, case: Case) -> Array:
     """The hidden states of the first layer that is cut if that is layer 0."""
-    parts = [chunk.embeddings if isinstance(chunk, Image) else weights.embed(list(chunk)) for chunk in case.prompt()]
+    n_embd = case.spec.n_embd
+    parts = [
+        chunk.embeddings[:, :n_embd] if isinstance(chunk, Image) else weights.embed(list(chunk))
+        for chunk in case.prompt()
+    ]
     return weights.attention_input(0, np.concatenate(parts))
 
 
@@ -73,6 +77,7 @@ ARCHITECTURES = [
     Case("gemma3", GEMMA3_FULL),
     Case("images", images=True),
     Case("qwen2vl-images", QWEN2VL, images=True),
+    Case("qwen3vl-images", QWEN3VL, images=True),
     Case("gemma3-images", GEMMA3_FULL, images=True),
     Case("rotated", Spec(n_head=2, n_head_kv=1, d_head=64), type_k="q8_0"),
 ]
@@ -103,7 +108,7 @@ def test_capture_does_not_change_the_logits(load: Load, spec: Spec) -> None:
             logits = [context.decode(text(N_PROMPT), 0)]
             logits += [context.decode([token], N_PROMPT + i) for i, token in enumerate(text(3, 9))]
             results.append(np.array(logits))
-    assert np.array_equal(*results)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize(("n_prompt", "n_query"), [(1, 64), (2, 64), (20, 64), (70, 64), (100, 33)])

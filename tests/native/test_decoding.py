@@ -15,6 +15,7 @@ from support.cases import (
     QWEN2,
     QWEN2VL,
     QWEN3,
+    QWEN3VL,
     SMALL_WINDOWS,
     Case,
     Load,
@@ -23,7 +24,7 @@ from support.cases import (
     selected,
 )
 from support.gguf_random import Spec
-from support.native import GPU_LAYERS, OK, Context, params
+from support.native import GPU_LAYERS, OK, Context, assert_same, params
 from support.prompts import text
 from support.reference import Array, Settings
 from support.weights import Llama
@@ -90,6 +91,7 @@ KEEP_ALL = [
     Case("images", images=True, flash=True),
     Case("qwen2vl", QWEN2VL),
     Case("qwen2vl-images", QWEN2VL, images=True),
+    Case("qwen3vl-images", QWEN3VL, images=True),
     Case("q8_0", type_k="q8_0", type_v="q8_0", flash=True),
     Case("q4_0", type_k="q4_0", type_v="q4_0", flash=True),
 ]
@@ -110,9 +112,9 @@ def test_a_budget_of_the_whole_prompt_changes_nothing(load: Load, case: Case, bu
         info = context.info()
         assert (info.n_prompt, info.n_kept) == (n_prompt, n_prompt)
         assert context.compact(other) == OK
-        assert np.array_equal(continued(other, n_past), expected)
+        assert_same(continued(other, n_past), expected)
         assert context.compact() == OK
-        assert np.array_equal(continued(context, n_past), expected)
+        assert_same(continued(context, n_past), expected)
 
 
 @pytest.mark.device
@@ -126,8 +128,8 @@ def test_selecting_changes_nothing(load: Load) -> None:
         before = context.state()
         assert context.select(params(20)) == OK
         assert context.state() == before
-        assert np.array_equal(context.logits(), expected)
-        assert np.array_equal(continued(context, N_PROMPT), continued(untouched, N_PROMPT))
+        assert_same(context.logits(), expected)
+        assert_same(continued(context, N_PROMPT), continued(untouched, N_PROMPT))
 
 
 @pytest.mark.device

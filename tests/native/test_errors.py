@@ -6,10 +6,11 @@ import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 from support import native
-from support.cases import GEMMA3, Case, Load, selected
+from support.cases import GEMMA3, Case, Load, open_context, selected
 from support.gguf_random import Spec
 from support.native import (
     ARGUMENT,
@@ -22,6 +23,7 @@ from support.native import (
     STALE,
     UNSUPPORTED,
     Context,
+    environment,
     params,
 )
 from support.prompts import text
@@ -203,6 +205,16 @@ def test_last_token_taken_back(captured: Context) -> None:
     check_works(captured)
 
 
+def test_moved_after_the_last_token(captured: Context) -> None:
+    """The last query was captured at another distance from the keys."""
+    captured.remove(start=0, stop=30)
+    llama.llama_memory_seq_add(captured.memory, 0, 30, -1, -10)
+    assert select(captured) == STALE
+    captured.decode(text(1), N_PROMPT - 10)
+    assert select(captured) == OK
+    check_works(captured)
+
+
 def test_decoded_outside_of_the_capture(captured: Context) -> None:
     assert captured.capture_end() == OK
     captured.decode(text(2), N_PROMPT)
@@ -336,6 +348,15 @@ def test_hand_over_to_another_kind_of_cache(chosen: Context, load: Load, spec: S
         assert chosen.compact(other) == MISMATCH
         assert other.state() == state
     assert chosen.compact() == OK
+
+
+def test_hand_over_to_keys_that_are_not_rotated(load: Load) -> None:
+    spec = Spec(n_layer=2, n_head=2, n_head_kv=1, d_head=64)
+    case = Case("", spec, type_k="q8_0")
+    with environment("LLAMA_ATTN_ROT_DISABLE", "1"):
+        other = open_context(load(spec), case)
+    with other, selected(load(spec), case) as context:
+        assert context.compact(other) == MISMATCH
 
 
 @pytest.mark.parametrize("n_free", [0, 19, 20])

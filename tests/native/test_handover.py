@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -89,7 +90,7 @@ def test_in_place(load: Load, type_k: str, type_v: str, flash: bool, d_head: int
 @head_sizes
 @layouts
 def test_other_sequence(load: Load, type_k: str, type_v: str, flash: bool, d_head: int, unified: bool) -> None:
-    options = {"n_seq_max": 3, "unified": unified}
+    options: dict[str, Any] = {"n_seq_max": 3, "unified": unified}
     with Context(model_of(load, d_head), 768, type_k=type_k, type_v=type_v, flash=flash, **options) as context:
         context.decode(text(20, 8), 0, seq=2)  # replaced
         source = prefilled(context, seq=1)
@@ -104,7 +105,8 @@ def test_other_sequence(load: Load, type_k: str, type_v: str, flash: bool, d_hea
 @head_sizes
 @layouts
 def test_smaller_context(load: Load, type_k: str, type_v: str, flash: bool, d_head: int) -> None:
-    model, options = model_of(load, d_head), {"type_k": type_k, "type_v": type_v, "flash": flash}
+    model = model_of(load, d_head)
+    options: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash": flash}
     with Context(model, 1024, **options) as context, Context(model, 256, **options) as small:
         small.decode(text(20, 8), 0)  # replaced
         source = prefilled(context)
@@ -115,12 +117,34 @@ def test_smaller_context(load: Load, type_k: str, type_v: str, flash: bool, d_he
 
 
 @pytest.mark.device
+@pytest.mark.parametrize(("unified", "others"), [(True, False), (False, True)], ids=["to-streams", "from-streams"])
+@layouts
+def test_streams_of_another_context(
+    load: Load, type_k: str, type_v: str, flash: bool, unified: bool, others: bool
+) -> None:
+    """One of the two contexts has a cache per sequence."""
+    model = model_of(load, 64)
+    options: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash": flash, "n_seq_max": 2}
+    with (
+        Context(model, 512, unified=unified, **options) as context,
+        Context(model, 512, unified=others, **options) as other,
+    ):
+        other.decode(text(30, 8), 0, seq=0)
+        before = other.state(0)
+        source = prefilled(context, seq=1)
+        assert context.compact(other, seq=1) == OK
+        check_arrived(source, context.all_kept(), other.cells(1)[0])
+        assert other.state(0) == before
+
+
+@pytest.mark.device
 @pytest.mark.parametrize("block", [1, 3, 16])
 @head_sizes
 @layouts
 def test_fragmented_destination(load: Load, type_k: str, type_v: str, flash: bool, d_head: int, block: int) -> None:
     """The free cells are holes between those of another sequence, which stays as it is."""
-    model, options = model_of(load, d_head), {"type_k": type_k, "type_v": type_v, "flash": flash}
+    model = model_of(load, d_head)
+    options: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash": flash}
     with Context(model, 512, **options) as context, Context(model, 256, n_seq_max=2, **options) as full:
         fill(full, block, 0, 1)
         full.remove(0)
@@ -137,7 +161,7 @@ def test_fragmented_destination(load: Load, type_k: str, type_v: str, flash: boo
 @layouts
 def test_interleaved_source(load: Load, type_k: str, type_v: str, flash: bool, d_head: int, seq: int) -> None:
     """The prompt's cells lie between those of another sequence, in which the kept rows stay."""
-    options = {"type_k": type_k, "type_v": type_v, "flash": flash, "n_seq_max": 2}
+    options: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash": flash, "n_seq_max": 2}
     with Context(model_of(load, d_head), 256, **options) as context:
         assert context.capture(seq) == OK
         fill(context, 2, 0, 1)

@@ -17,13 +17,14 @@ from support.cases import (
     QWEN2VL,
     QWEN2VL_64,
     QWEN3,
+    QWEN3VL,
     SMALL_WINDOWS,
     Case,
     Load,
     selected,
 )
 from support.gguf_random import Spec
-from support.native import GPU_LAYERS, Model
+from support.native import GPU_LAYERS, Model, environment
 from support.reference import Settings
 
 ARCHITECTURES = [
@@ -36,6 +37,7 @@ ARCHITECTURES = [
     Case("gemma2", GEMMA2),
     Case("gemma3", GEMMA3),
     Case("qwen2vl", QWEN2VL),
+    Case("qwen3vl", QWEN3VL),
 ]
 
 VARIANTS = [
@@ -87,6 +89,7 @@ PROMPTS = [
     Case("images-gemma3", GEMMA3, images=True),
     Case("small-windows", GEMMA3, n_ubatch=32, n_prompt=400, context=SMALL_WINDOWS),
     Case("images-qwen2vl", QWEN2VL, images=True),
+    Case("images-qwen3vl", QWEN3VL, images=True),
     Case("images-qwen2vl-flash-ubatch", QWEN2VL, images=True, flash=True, n_ubatch=32),
 ]
 
@@ -147,6 +150,11 @@ def test_variants(load: Load, case: Case) -> None:
 @names(KV_TYPES)
 def test_kv_types(load: Load, case: Case) -> None:
     check(load(case.spec), case)
+
+
+def test_keys_that_are_not_rotated(load: Load) -> None:
+    with environment("LLAMA_ATTN_ROT_DISABLE", "1"):
+        check(load(HEAD_64), Case("", HEAD_64, type_k="q8_0"))
 
 
 @pytest.mark.device

@@ -37,7 +37,7 @@ class Case:
 
     def prompt(self) -> list[Chunk]:
         """The prompt's text and images."""
-        return two_images(self.spec.n_embd) if self.images else [text(self.n_prompt)]
+        return two_images(self.spec.n_embd_image) if self.images else [text(self.n_prompt)]
 
 
 MHA = Spec(n_head_kv=4)
@@ -46,6 +46,7 @@ QWEN3 = Spec("qwen3", d_head=48)
 PHI3 = Spec("phi3")
 QWEN2VL = Spec("qwen2vl", meta={"rope.dimension_sections": [6, 5, 5, 0]})
 QWEN2VL_64 = Spec("qwen2vl", n_head=2, n_head_kv=1, d_head=64, meta={"rope.dimension_sections": [12, 10, 10, 0]})
+QWEN3VL = Spec("qwen3vl", meta={"rope.dimension_sections": [6, 5, 5, 0], "n_deepstack_layers": 1})
 # Every other layer has a sliding window.
 GEMMA2 = Spec("gemma2", n_layer=6, meta={"attention.sliding_window": 32, "attn_logit_softcapping": 20.0})
 GEMMA3 = Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 32, "attention.sliding_window_pattern": 2})

@@ -52,6 +52,11 @@ class Spec:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def n_embd_image(self) -> int:
+        """Numbers that an image's token comes with: with Qwen3-VL's deepstack, also what later layers add."""
+        return self.n_embd * (1 + int(self.meta.get("n_deepstack_layers", 0)))
+
+    @property
     def name(self) -> str:
         """A file name that tells specs apart within one test run."""
         return f"{self.arch}-{zlib.crc32(repr(self).encode()):08x}.gguf"

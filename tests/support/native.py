@@ -352,6 +352,11 @@ class Context:
             yield row
 
 
+def assert_same(values: Array, expected: Array) -> None:
+    """Two results are equal; on a GPU, where batches may be computed differently, nearly so."""
+    np.testing.assert_allclose(values, expected, rtol=0, atol=2e-2 if GPU_LAYERS else 0)
+
+
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
     """Set an environment variable that llama.cpp reads."""
