@@ -95,14 +95,16 @@ def _save_heatmap(answer: Completion, images: list[Image.Image], path: Path) -> 
 
 def _rows(figures: Figures) -> list[tuple[str, str]]:
     """The figures as (label, text)."""
-    rate = "" if figures.tokens_per_second is None else f", {figures.tokens_per_second:.1f} tokens/s"
+    rate = "" if figures.tokens_per_second is None else f"{figures.tokens_per_second:.1f} tokens/s"
     return [
-        ("prompt", f"{figures.prompt_tokens} tokens ({figures.image_tokens} visual, {figures.text_tokens} text)"),
+        ("prompt", f"{figures.prompt_tokens} tokens, {figures.image_tokens} visual"),
         ("kept", f"{figures.kept_tokens} per layer and KV head"),
         ("KV cache", f"{_mib(figures.kv_bytes_prompt)} -> {_mib(figures.kv_bytes_kept)}"),
-        ("prefill", f"{figures.prefill_s:.3f} s (vision encoder {figures.image_encode_s:.3f} s)"),
+        ("vision encoder", f"{figures.image_encode_s:.3f} s"),
+        ("prefill", f"{figures.prefill_s:.3f} s with the encoder"),
         ("selection", f"{figures.selection_s:.3f} s"),
-        ("decode", f"{figures.decode_s:.3f} s ({figures.generated_tokens} tokens{rate})"),
+        ("decode", f"{figures.decode_s:.3f} s, {figures.generated_tokens} tokens"),
+        ("rate", rate),
     ]
 
 

@@ -328,9 +328,9 @@ class Runtime:
             prefill = Prefill(context, prompt, self._projector)
             token = sampler.sample(context)
             figures = self._figures(prompt, prefill, time.perf_counter() - started)
-            size = shiftkv.cache_size(context)
-            kv_bytes = None if size is None else size * prompt.n_tokens // context.n_ctx
-            figures = replace(figures, kv_bytes_prompt=kv_bytes, kv_bytes_kept=kv_bytes)
+            if self._model.has_kv_cache:
+                kv_bytes = shiftkv.cache_size(context) * prompt.n_tokens // context.n_ctx
+                figures = replace(figures, kv_bytes_prompt=kv_bytes, kv_bytes_kept=kv_bytes)
             return _Begun(context, prefill.position, token, figures, None)
         assert self.kv_budget is not None
         with closing(self._new_context(prompt.n_tokens, n_batch)) as large:
@@ -340,7 +340,9 @@ class Runtime:
             figures = self._figures(prompt, prefill, time.perf_counter() - started)
             started = time.perf_counter()
             shiftkv.select(large, self.kv_method.params(self.kv_budget, self._model.architecture))
-            context = self._kept.get(self.kv_budget + room, _DECODE_BATCH)
+            # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
+            n_ctx = max(self.kv_budget, min(self._model.window, prompt.n_tokens)) + room
+            context = self._kept.get(n_ctx, _DECODE_BATCH)
             position = shiftkv.compact(large, context)
             selection = Selection(shiftkv.kept(large), prompt.n_tokens, prompt.image_spans)
             info = shiftkv.info(large)

@@ -39,6 +39,9 @@ class Model:
                 f"{path}: not a language model this llama.cpp can load, or an incomplete file{logs.explain(errors)}"
             )
         self._vocab = llama.llama_model_get_vocab(self._model)
+        if llama.llama_model_has_encoder(self._model) or not llama.llama_model_has_decoder(self._model):
+            self.close()
+            raise ModelError(f"{path}: models with a text encoder are not supported, only those that continue a text")
 
     def close(self) -> None:
         """Free the weights; contexts made from them have to be closed before."""
@@ -57,6 +60,16 @@ class Model:
     def n_ctx_train(self) -> int:
         """The context length the model was trained with, in tokens."""
         return int(llama.llama_model_n_ctx_train(self.pointer))
+
+    @cached_property
+    def has_kv_cache(self) -> bool:
+        """Whether all that the model remembers are KV pairs of tokens; other memories do not grow with the prompt."""
+        return not (llama.llama_model_is_recurrent(self.pointer) or llama.llama_model_is_hybrid(self.pointer))
+
+    @cached_property
+    def window(self) -> int:
+        """The tokens that sliding-window layers see; 0 for a model without such layers."""
+        return int(llama.llama_model_n_swa(self.pointer))
 
     @cached_property
     def architecture(self) -> str:
@@ -151,6 +164,7 @@ class Context:
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_batch
         params.n_outputs_max = 1  # room for the logits of one token, where the default is n_batch of them
+        params.swa_full = False  # sliding-window layers store their window only
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = KV_TYPES[type_k]
         params.type_v = KV_TYPES[type_v]
@@ -162,6 +176,9 @@ class Context:
                 f"no context of {n_ctx} tokens with a {type_k}/{type_v} KV cache for this model: lower n_ctx or "
                 f"choose other KV types{logs.explain(errors)}"
             )
+        if not llama.llama_get_memory(self._context):
+            self.close()
+            raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
         self.n_ctx = llama.llama_n_ctx(self._context)
         self.n_batch = llama.llama_n_batch(self._context)
         self._n_vocab = model.n_vocab

@@ -77,7 +77,7 @@ _cache_size = _function("cache_size", ctypes.c_int64, _context)
 
 def capture(context: Context) -> None:
     """Capture what `select` needs from the tokens decoded from now on. Raises ShiftKVError."""
-    _check("this model's KV cache cannot be cut; use kv_budget=None", _capture, context.pointer, _SEQUENCE, _QUERIES)
+    _check("a kv_budget cannot be used with this model", _capture, context.pointer, _SEQUENCE, _QUERIES)
 
 
 def select(context: Context, params: Params) -> None:
@@ -123,10 +123,9 @@ def kept(context: Context) -> dict[int, npt.NDArray[np.int32]]:
     return result
 
 
-def cache_size(context: Context) -> int | None:
-    """The bytes a context's KV cache occupies, used or not; None for a memory that is no KV cache."""
-    size: int = _cache_size(context.pointer)
-    return size if size >= 0 else None
+def cache_size(context: Context) -> int:
+    """The bytes a context's KV cache occupies, used or not. Raises ShiftKVError for a memory that has no such cache."""
+    return _check("the size of the KV cache is not known", _cache_size, context.pointer)
 
 
 def _check(what: str, function: Any, *arguments: Any) -> int:

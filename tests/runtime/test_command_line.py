@@ -37,7 +37,7 @@ def test_run_prints_figures_to_stderr(run):
     status, out, err = run("--kv-budget", "24", "--stats")
     assert status == 0
     assert out == run("--kv-budget", "24")[1]
-    for part in ("tokens (16 visual, ", "24 per layer and KV head", " MiB -> 0.01 MiB", "selection", "(12 tokens, "):
+    for part in (" tokens, 16 visual\n", "24 per layer and KV head", " MiB -> 0.01 MiB", "selection", "s, 12 tokens\n"):
         assert part in err
 
 
