@@ -37,6 +37,8 @@ ROUNDING = {np.float32: 2e-4, np.float16: 2e-2}
 
 FLASH_ROUNDING = 3e-2
 """Flash attention rounds keys and values, and sums, to half precision."""
+# A difference that is one: in multiples of the tolerance, which is wide on a device.
+CLEAR = 3 if GPU_LAYERS else 10
 
 
 def continued(context: Context, position: int, seq: int = 0) -> Array:
@@ -73,7 +75,7 @@ def test_like_a_mask_per_head(load: Load, spec: Spec, dtype: type[np.floating], 
     # It matters which pairs are seen: neither all of them nor others for a head lead to the same.
     everything = llama.forward(ANSWER, N_PROMPT, prompt.pairs).logits
     rolled = llama.forward(ANSWER, N_PROMPT, prompt.pairs, [np.roll(mask, 1, axis=0) for mask in visible]).logits
-    assert np.abs(everything - expected).max() > 10 * tolerance
+    assert np.abs(everything - expected).max() > CLEAR * tolerance
     assert np.abs(rolled - expected).max() > 3 * tolerance
 
 
