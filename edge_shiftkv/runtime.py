@@ -6,7 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,16 +67,36 @@ class _Request:
         return cls(Sampling(**sampling), max_tokens, stops)
 
 
+class _Turn:
+    """Lets one thread at a time in, and turns others away."""
+
+    def __init__(self) -> None:
+        self._holder: dict[str, object] = {}
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        me = object()
+        try:
+            # A lock could stay locked, if Ctrl-C came between locking it and taking note of that.
+            if self._holder.setdefault("", me) is not me:
+                raise ShiftKVError("the runtime is busy in another thread; it serves one request at a time")
+            yield
+        finally:
+            if self._holder.get("") is me:
+                del self._holder[""]
+
+
 class Stream:
     """An answer as it is written: an iterator over pieces of text.
 
     Closing it, or starting another request in the same runtime, ends it early.
     """
 
-    def __init__(self, steps: Generator[str, None, Completion]) -> None:
+    def __init__(self, steps: Generator[str, None, Completion], turn: _Turn) -> None:
         self._steps = steps
+        self._turn = turn
         self._completion: Completion | None = None
-        self._ended_by_runtime = False
+        self._superseded = False
 
     @property
     def completion(self) -> Completion:
@@ -89,17 +109,19 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        if self._ended_by_runtime:
-            raise ShiftKVError("the stream was ended: its runtime was closed or got another request")
-        try:
-            return next(self._steps)
-        except StopIteration as end:
-            self._completion = end.value or self._completion
-            raise
+        with self._turn.taken():
+            if self._superseded:
+                raise ShiftKVError("the stream was ended: its runtime was closed or got another request")
+            try:
+                return next(self._steps)
+            except StopIteration as end:
+                self._completion = end.value or self._completion
+        raise StopIteration
 
     def close(self) -> None:
         """End the answer early; a second call does nothing."""
-        self._steps.close()
+        with self._turn.taken():
+            self._steps.close()
 
     def __enter__(self) -> Self:
         return self
@@ -109,13 +131,10 @@ class Stream:
     ) -> None:
         self.close()
 
-    def end(self) -> None:
-        """End the answer because its runtime needs its context. Raises ShiftKVError while another thread uses it."""
-        try:
-            self.close()
-        except ValueError as error:  # the generator is executing
-            raise ShiftKVError("the runtime is busy in another thread; it serves one request at a time") from error
-        self._ended_by_runtime = not self._completion
+    def _supersede(self) -> None:
+        """End the answer because its runtime goes on to something else; to be called in turn."""
+        self._superseded = self._completion is None
+        self._steps.close()
 
 
 class Runtime:
@@ -165,6 +184,7 @@ class Runtime:
         n_threads = n_threads or _usable_cpus()
         self._path = Path(model)
         self._allow_http = allow_http
+        self._turn = _Turn()
         self._active: weakref.ref[Stream] | None = None
         with ExitStack() as resources:
             self._model = Model(self._path, n_gpu_layers)
@@ -195,8 +215,9 @@ class Runtime:
 
     def close(self) -> None:
         """End a running stream and free everything; a second call does nothing."""
-        self._end_active()
-        self._free()
+        with self._turn.taken():
+            self._end_active()
+            self._free()
 
     def __enter__(self) -> Self:
         return self
@@ -266,24 +287,25 @@ class Runtime:
 
     def _stream(self, parts: Sequence[Part], options: Options) -> Stream:
         request = _Request.of(**options)
-        if not self._free.alive:
-            raise ShiftKVError("the runtime is closed")
-        self._end_active()
-        prompt = Prompt(parts, self._model, self._projector)
-        if prompt.n_tokens >= self.n_ctx:
-            prompt.close()
-            raise PromptError(
-                f"the prompt has {prompt.n_tokens} tokens ({prompt.n_image_tokens} of them visual) and leaves no room "
-                f"for an answer: n_ctx is {self.n_ctx}; shorten the prompt or raise n_ctx"
-            )
-        stream = Stream(self._answer(prompt, request))
-        self._active = weakref.ref(stream)
+        with self._turn.taken():
+            if not self._free.alive:
+                raise ShiftKVError("the runtime is closed")
+            prompt = Prompt(parts, self._model, self._projector)
+            if prompt.n_tokens >= self.n_ctx:
+                prompt.close()
+                raise PromptError(
+                    f"the prompt has {prompt.n_tokens} tokens ({prompt.n_image_tokens} of them visual) and leaves no "
+                    f"room for an answer: n_ctx is {self.n_ctx}; shorten the prompt or raise n_ctx"
+                )
+            self._end_active()
+            stream = Stream(self._answer(prompt, request), self._turn)
+            self._active = weakref.ref(stream)
         return stream
 
     def _end_active(self) -> None:
         active = self._active() if self._active else None
         if active:
-            active.end()
+            active._supersede()
         self._active = None
 
     def _answer(self, prompt: Prompt, request: _Request) -> Generator[str, None, Completion]:

@@ -154,3 +154,22 @@ def test_the_log_is_silent_until_asked_for(tiny, capfd, caplog):
     with caplog.at_level(logging.DEBUG, logger="edge_shiftkv.llama_cpp"), Runtime(tiny.text, n_threads=1):
         pass
     assert any("architecture" in record.message or "arch" in record.message for record in caplog.records)
+
+
+def test_many_threads_get_right_answers_or_are_refused(runtime, expected):
+    outcomes = []
+
+    def work():
+        for _ in range(20):
+            try:
+                outcomes.append(runtime.generate(PROMPT, max_tokens=16).text)
+            except ShiftKVError as error:
+                assert "busy" in str(error) or "another request" in str(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(outcomes) <= {expected}
+    assert runtime.generate(PROMPT, max_tokens=16).text == expected
