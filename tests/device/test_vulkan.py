@@ -15,10 +15,7 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 
 # A software device takes seconds for a case: of the tests marked `device`, those that reach every graph and layout.
-SELECTED = (
-    "test_first_layer or test_architectures or test_kv_types or test_prompts or test_in_place or test_second_turn "
-    "or test_like_a_mask_per_head"
-)
+SELECTED = "test_first_layer or test_architectures or test_in_place or test_second_turn or test_like_a_mask_per_head"
 
 COUNT_DEVICES = """
 import llama_cpp

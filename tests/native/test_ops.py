@@ -60,6 +60,9 @@ NO_OPERATIONS = re.compile(
     r"|init|tensor_overhead|format_name|op_name|get_unary_op|is_contiguous|nbytes|row_size|type_size|blck_size"
 )
 
+ON_THE_CPU = {("Vulkan", "mul_mat"): r"type_a=q[48]_0,"}
+"""What a backend lacks, so that the scheduler computes it on the CPU: Vulkan multiplies no quantized keys by head."""
+
 LONG = 131_072
 """Keys that a row may hold."""
 
@@ -99,6 +102,7 @@ def test_the_list_is_complete() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_support(backend: str, name: str) -> None:
     operation, expressions = OPERATIONS[name]
+    lacking = ON_THE_CPU.get((backend, name))
     for expression in expressions:
         cases = [
             (parameters, supported)
@@ -106,7 +110,11 @@ def test_backends_support(backend: str, name: str) -> None:
             if op == operation and re.search(expression, parameters)
         ]
         assert cases, f"no test case of {operation} matches {expression}"
-        assert [parameters for parameters, supported in cases if not supported] == []
+        unsupported = [parameters for parameters, supported in cases if not supported]
+        if lacking and re.search(lacking, expression):
+            assert unsupported, "the table has it now: take the exception out"
+        else:
+            assert unsupported == []
 
 
 @pytest.mark.parametrize("operation", ["ARGSORT", "CUMSUM"])
