@@ -83,7 +83,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser("demo", help=text, description=text)
     parser.add_argument("--image", metavar="PICTURE", help="another picture")
     parser.add_argument("-p", "--prompt", default="Read everything.", metavar="TEXT", help="default: %(default)s")
-    parser.add_argument("--kv-budget", type=int, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--kv-budget", type=int, default=96, metavar="N", help="default: %(default)s")
     _add_heatmap(parser)
     parser.set_defaults(run=_run)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from PIL import Image
+from support import tiny_models
 
 from edge_shiftkv._paths import models_dir
 

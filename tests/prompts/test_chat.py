@@ -2,8 +2,8 @@ import ctypes
 
 import llama_cpp.llama_cpp as llama
 import pytest
-import tiny_models
 from PIL import Image
+from support import tiny_models
 
 from edge_shiftkv import PromptError, Runtime
 from edge_shiftkv.native.llama import ATTR_LSTRIP, ATTR_RSTRIP

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import tiny_models
+from support import tiny_models
 
 from edge_shiftkv import ImageError, ModelError, PromptError, Runtime, ShiftKVError
 

@@ -130,4 +130,4 @@ def test_demo_shows_both_caches(tiny, tmp_path, monkeypatch, capsys):
 def test_the_shipped_model_reads_its_document(demo, capsys):
     assert cli.main(["run", "-m", str(demo / "demo-text-q8_0.gguf"), "-p", "x", "-n", "1"]) == 0
     assert cli.main(["demo"]) == 0
-    assert "kv_budget 64" in capsys.readouterr().out
+    assert "kv_budget 96" in capsys.readouterr().out

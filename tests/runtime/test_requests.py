@@ -2,8 +2,10 @@ import dataclasses
 
 import pytest
 from llama_cpp import Llama
+from support import tiny_models
+from support.gguf_random import Spec, write_model
 
-from edge_shiftkv import Runtime, ShiftKVError
+from edge_shiftkv import ModelError, Runtime, ShiftKVError
 
 PROMPT = "What is on the picture? " * 3
 
@@ -170,3 +172,38 @@ def test_kv_types(tiny, type_k, type_v):
             n_bytes = 4 if type_k == "f32" else 2
             figures = runtime.generate(PROMPT, max_tokens=4).figures
             assert figures.kv_bytes_kept == 16 * 3 * 2 * 16 * 2 * n_bytes
+
+
+def test_pictures_whose_tokens_see_each_other_are_decoded_at_once(tiny, tmp_path):
+    mmproj = tiny_models.write_mmproj(tmp_path / "mmproj.gguf", "gemma3", n_patches=24)
+    with Runtime(tiny.text, mmproj, n_threads=1, kv_budget=24) as runtime:
+        figures = runtime.generate("abc", [tiny.picture], max_tokens=2).figures
+    assert figures.image_tokens == 576  # llama.cpp ends the process if they do not fit its batch
+
+
+@pytest.mark.parametrize("kv_budget", [16, 400])
+def test_sliding_windows_are_handed_over_whole(tmp_path, kv_budget):
+    model = write_model(Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 300}), tmp_path)
+    with Runtime(model, n_threads=1, kv_budget=kv_budget) as runtime:
+        answer = runtime.generate("the quick brown fox " * 30, raw=True, max_tokens=300)
+    assert answer.selection.layers == (5,)
+    assert answer.figures.kept_tokens == kv_budget
+    assert answer.figures.generated_tokens == 300
+
+
+def test_a_model_without_a_kv_cache_only_takes_no_budget(tmp_path):
+    meta = {"ssm.inner_size": 256, "ssm.conv_kernel": 4, "ssm.state_size": 8, "ssm.time_step_rank": 4}
+    with Runtime(write_model(Spec("mamba", meta=meta), tmp_path), n_threads=1) as runtime:
+        full = runtime.generate(PROMPT, raw=True, max_tokens=4)
+        assert (full.figures.kv_bytes_prompt, full.figures.kv_bytes_kept) == (None, None)
+        runtime.kv_budget = 16
+        with pytest.raises(ShiftKVError, match="kv_budget cannot be used with this model"):
+            runtime.generate(PROMPT, raw=True, max_tokens=4)
+        runtime.kv_budget = None
+        assert runtime.generate(PROMPT, raw=True, max_tokens=4).text == full.text
+
+
+def test_a_model_with_an_encoder_is_refused(tmp_path):
+    model = write_model(Spec("t5", n_head_kv=4, meta={"attention.relative_buckets_count": 8}), tmp_path)
+    with pytest.raises(ModelError, match="models with a text encoder are not supported"):
+        Runtime(model)

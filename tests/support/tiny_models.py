@@ -65,14 +65,20 @@ def write_text_model(
 
 
 def write_mmproj(
-    path: Path, projector: str = "mlp", *, n_embd_text: int = N_EMBD, pinpoints: tuple[tuple[int, int], ...] = ()
+    path: Path,
+    projector: str = "mlp",
+    *,
+    n_embd_text: int = N_EMBD,
+    n_patches: int = 4,
+    pinpoints: tuple[tuple[int, int], ...] = (),
 ) -> Path:
-    """A vision encoder with projector. `projector`: mlp (LLaVA; tiled with `pinpoints`, as 1.6), or qwen2vl_merger.
+    """A vision encoder with projector.
 
-    A LLaVA picture or tile has 4 x 4 patches, a Qwen2-VL picture one token for 28 x 28 pixels.
+    `projector`: mlp (LLaVA; tiled with `pinpoints`, as 1.6), gemma3 (tokens that see each other), or qwen2vl_merger. A
+    picture or tile has `n_patches` squared tokens, but for Qwen2-VL, where it has one for 28 x 28 pixels.
     """
     qwen = projector == "qwen2vl_merger"
-    n_embd, n_layer, image_size = 32, 2, 4 * PATCH
+    n_embd, n_layer, image_size = 32, 2, n_patches * PATCH
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", projector)
@@ -90,6 +96,8 @@ def write_mmproj(
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
     writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
     writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    if projector == "gemma3":
+        writer.add_uint32("clip.vision.projector.scale_factor", 1)
     if pinpoints:
         writer.add_array("clip.vision.image_grid_pinpoints", [side for size in pinpoints for side in size])
 
@@ -112,6 +120,10 @@ def write_mmproj(
     if qwen:
         add.ones("v.post_ln.weight", n_embd)
         add.zeros("v.post_ln.bias", n_embd)
+    if projector == "gemma3":
+        add.matrix("mm.input_projection.weight", n_embd_text, n_embd)
+        add.ones("mm.soft_emb_norm.weight", n_embd)
+        return _write(writer, path)
     merged = n_embd * 4 if qwen else n_embd
     add.matrix("mm.0.weight", merged, n_embd_text)
     add.zeros("mm.0.bias", n_embd_text)
