@@ -7,7 +7,7 @@
 Contexts are made, filled, cut and freed as `edge_shiftkv.Runtime` does it. What is compared is measured alternately in
 one run: figures are medians over rounds, ratios are medians of the rounds' ratios with their quartiles. The prompts are
 Python source. Without -m, `decode` uses a model with random weights and the shape of LLaVA-7B's layers, kept in the
-build's cache directory.
+build's cache directory. On a machine that is not idle, --cpu-time measures what one thread takes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ ROUNDS = "rounds"
 
 
 class Bench:
-    """A model on the CPU, and a prompt for it of any length."""
+    """A model on the CPU, a prompt for it of any length, and a clock that counts seconds."""
 
-    def __init__(self, path: Path, n_threads: int) -> None:
+    def __init__(self, path: Path, n_threads: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self._model = Model(path, n_gpu_layers=0)
         self._n_threads = n_threads
         source = "\n".join(Path(module).read_text() for module in (argparse.__file__, multiprocessing.__file__))
@@ -80,6 +81,12 @@ class Bench:
         """Select `budget` pairs of the captured prompt."""
         shiftkv.select(context, ShiftKV(n_proxy=n_proxy).params(budget, self._model.architecture))
 
+    def seconds(self, function: Callable[..., None], *arguments: Any) -> float:
+        """The time that a call takes."""
+        started = self.clock()
+        function(*arguments)
+        return self.clock() - started
+
 
 def prefill(context: Context, tokens: Sequence[int], start: int = 0) -> None:
     """Decode a prompt from its token `start` on, and wait for its logits."""
@@ -87,13 +94,6 @@ def prefill(context: Context, tokens: Sequence[int], start: int = 0) -> None:
         stop = min(i + context.n_batch, len(tokens))
         context.decode(tokens[i:stop], i, logits=stop == len(tokens))
     context.logits()
-
-
-def seconds(function: Callable[..., None], *arguments: Any) -> float:
-    """The wall time of a call."""
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
 
 
 def measure_selection(
@@ -108,18 +108,18 @@ def measure_selection(
 
     def without_capture() -> None:
         with bench.context(n_prompt, PREFILL_BATCH) as context:
-            plain.append(seconds(prefill, context, tokens))
+            plain.append(bench.seconds(prefill, context, tokens))
 
     def with_capture() -> None:
         with bench.context(n_prompt, PREFILL_BATCH) as context:
             shiftkv.capture(context)
-            captured.append(seconds(prefill, context, tokens))
+            captured.append(bench.seconds(prefill, context, tokens))
             for n_proxy in n_proxies:
-                select[n_proxy].append(seconds(bench.select, context, budget, n_proxy))
-                started = time.perf_counter()
+                select[n_proxy].append(bench.seconds(bench.select, context, budget, n_proxy))
+                started = bench.clock()
                 with bench.handed_over(context):
                     shiftkv.kept(context)
-                    hand_over[n_proxy].append(time.perf_counter() - started)
+                    hand_over[n_proxy].append(bench.clock() - started)
 
     for i in range(rounds):
         order = (without_capture, with_capture)
@@ -131,7 +131,7 @@ def measure_selection(
 def selection(options: argparse.Namespace) -> list[Row]:
     """The selection's share of prefill time."""
     rows: list[Row] = []
-    with closing(Bench(options.model, options.threads)) as bench:
+    with closing(Bench(options.model, options.threads, options.clock)) as bench:
         measure_selection(bench, 2 * PREFILL_BATCH, options.budget, options.proxies[:1], 1)  # warm-up
         for n_prompt in options.tokens:
             plain, captured, select, hand_over = measure_selection(
@@ -167,7 +167,9 @@ def decode_block(context: Context, position: int, token: int, n_tokens: int) -> 
         context.logits()
 
 
-def measure_decode(contexts: dict[str, tuple[Context, int]], token: int, rounds: int) -> dict[str, list[float]]:
+def measure_decode(
+    bench: Bench, contexts: dict[str, tuple[Context, int]], token: int, rounds: int
+) -> dict[str, list[float]]:
     """Return the milliseconds per token in each context, by round. The contexts are left as they were.
 
     contexts: name -> a context, and the position that decoding goes on at in it.
@@ -177,7 +179,7 @@ def measure_decode(contexts: dict[str, tuple[Context, int]], token: int, rounds:
     for i in range(-1, rounds):  # the first one to warm up
         for name in names[i % len(names) :] + names[: i % len(names)]:
             context, position = contexts[name]
-            milliseconds = 1e3 * seconds(decode_block, context, position, token, BLOCK) / BLOCK
+            milliseconds = 1e3 * bench.seconds(decode_block, context, position, token, BLOCK) / BLOCK
             if not llama.llama_memory_seq_rm(llama.llama_get_memory(context.pointer), 0, position, -1):
                 raise RuntimeError("this model's cache does not take tokens back")
             if i >= 0:
@@ -190,7 +192,10 @@ def decode(options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     lengths = sorted(options.tokens)
     path = options.model or synthetic_model(options.layers)
-    with closing(Bench(path, options.threads)) as bench, bench.context(lengths[-1], PREFILL_BATCH) as large:
+    with (
+        closing(Bench(path, options.threads, options.clock)) as bench,
+        bench.context(lengths[-1], PREFILL_BATCH) as large,
+    ):
         tokens = bench.prompt(lengths[-1])
         shiftkv.capture(large)
         prefill(large, tokens[:REFERENCE_TOKENS])
@@ -209,7 +214,7 @@ def decode(options: argparse.Namespace) -> list[Row]:
                             "cut": (cut, n_prompt),
                             "short": (reference, REFERENCE_TOKENS),
                         }
-                        times = measure_decode(contexts, tokens[0], options.rounds)
+                        times = measure_decode(bench, contexts, tokens[0], options.rounds)
                 rows.append(
                     {
                         "Prompt tokens": n_prompt,
@@ -316,21 +321,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(function=function)
         return command
 
+    def add_cpu_time(command: argparse.ArgumentParser) -> None:
+        text = "measure CPU time of one thread, not wall time"
+        command.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time, help=text)
+        command.set_defaults(clock=time.perf_counter)
+
     command = add(selection, required=True, help="a GGUF file")
     command.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="of the prompts")
     command.add_argument("--proxies", type=int, nargs="+", default=[512, 256, 128], help="per layer")
     command.add_argument("--rounds", type=int, default=3)
+    add_cpu_time(command)
 
     command = add(decode, help="a GGUF file (random weights)")
     lengths = [512, 1024, 2048, 4096, 8192, 16384]
     command.add_argument("--tokens", type=int, nargs="+", default=lengths, help="of the prompts")
     command.add_argument("--layers", type=int, default=2, help="of the model with random weights (2)")
     command.add_argument("--rounds", type=int, default=15)
+    add_cpu_time(command)
 
     command = add(memory, required=True, help="a GGUF file")
+    command.set_defaults(clock=time.perf_counter)
     command.add_argument("--tokens", type=int, default=4096, help="of the prompt (4096)")
 
     options = parser.parse_args(arguments)
+    if options.clock is time.process_time:
+        options.threads = 1
     lengths = options.tokens if isinstance(options.tokens, list) else [options.tokens]
     if not 2 <= options.budget < min(lengths):
         parser.error("the budget has to be 2 or more, and below the prompts' lengths")
@@ -344,10 +359,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     rows: list[Row] = options.function(options)
     model = options.model.name if options.model else f"random weights, {options.layers} layers of LLaVA-7B's shape"
-    print(f"{model}; threads: {options.threads}; f16 KV cache; budget {options.budget}\n\n{markdown(rows)}")
+    clock = "CPU time" if options.clock is time.process_time else "wall time"
+    settings = {"model": model, "threads": options.threads, "clock": clock, "budget": options.budget}
+    print(f"{', '.join(f'{name}: {value}' for name, value in settings.items())}\n\n{markdown(rows)}")
     if options.json:
-        settings = {"command": options.command, "model": model, "threads": options.threads, "budget": options.budget}
-        options.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"command": options.command, **settings, "rows": rows}, indent=1) + "\n")
     return 0
 
 
