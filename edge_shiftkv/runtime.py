@@ -64,6 +64,8 @@ class _Request:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(stops):
             raise PromptError("a stop string is empty: it would end every answer at its start")
+        if unknown := sampling.keys() - Options.__annotations__:
+            raise TypeError(f"unknown option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         return cls(Sampling(**sampling), max_tokens, stops)
 
 

@@ -100,6 +100,11 @@ def test_options_out_of_range(runtime, options, message):
     assert runtime.generate(PROMPT, max_tokens=1).text
 
 
+def test_an_option_that_there_is_not(runtime):
+    with pytest.raises(TypeError, match="unknown option 'repeat_penalty': there are max_tokens, temperature"):
+        runtime.create_chat_completion([{"role": "user", "content": "x"}], repeat_penalty=1.1)
+
+
 @pytest.mark.parametrize("prompt", ["", " \n"])
 def test_an_empty_prompt(runtime, prompt):
     with pytest.raises(PromptError, match="the prompt is empty"):
