@@ -154,6 +154,8 @@ private:
     std::vector<int64_t> cell_ord;
     int64_t n_ord = 0;
 
+    llama_pos pos_last = -1; // of the last captured token
+
     std::vector<float>    noise; // of the last selection, with its seed
     uint32_t noise_seed = 0;
 

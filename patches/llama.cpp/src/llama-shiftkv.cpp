@@ -546,6 +546,10 @@ void llama_shiftkv::set_input(llm_graph_input_shiftkv & inp, const llama_ubatch 
         n_ord++;
     }
 
+    if (!tokens.empty()) {
+        pos_last = ubatch->pos[tokens.back()];
+    }
+
     const int32_t last      = tokens.empty() ? 0 : tokens.back();
     const int64_t last_slot = tokens.empty() ? 1 : 0;
 
@@ -579,7 +583,8 @@ int32_t llama_shiftkv::collect(std::vector<uint32_t> & cells) const {
     if (cells.empty()) {
         return LLAMA_SHIFTKV_ERR_EMPTY;
     }
-    if (n_ord == 0 || cell_ord[(size_t) strm*kv->get_size() + cells.back()] != n_ord - 1) {
+    // a last token that was moved has its query at another distance from the keys
+    if (n_ord == 0 || cell_ord[(size_t) strm*kv->get_size() + cells.back()] != n_ord - 1 || kv->seq_pos_max(seq_id) != pos_last) {
         return LLAMA_SHIFTKV_ERR_STALE;
     }
     return LLAMA_SHIFTKV_OK;
