@@ -300,7 +300,7 @@ class Runtime:
                     f"room for an answer: n_ctx is {self.n_ctx}; shorten the prompt or raise n_ctx"
                 )
             self._end_active()
-            stream = Stream(self._answer(prompt, request), self._turn)
+            stream = Stream(self._answer(prompt, request, self.kv_budget), self._turn)
             self._active = weakref.ref(stream)
         return stream
 
@@ -310,12 +310,13 @@ class Runtime:
             active._supersede()
         self._active = None
 
-    def _answer(self, prompt: Prompt, request: _Request) -> Generator[str, None, Completion]:
+    def _answer(self, prompt: Prompt, request: _Request, budget: int | None) -> Generator[str, None, Completion]:
         room = self.n_ctx - prompt.n_tokens
         if request.max_tokens is not None:
             room = min(room, request.max_tokens)
         with closing(prompt), closing(Sampler(self._model, request.sampling)) as sampler:
-            begun = self._begin(prompt, sampler, room)
+            begun = self._begin(prompt, sampler, room, budget)
+            prompt.close()  # its pictures are not needed any more
             decoder = Decoder(begun.context, sampler, begun.position)
             assembler = TextAssembler(request.stop)
             token, n_tokens, pieces = begun.token, 0, []
@@ -342,12 +343,11 @@ class Runtime:
         )
         return Completion("".join(pieces), finish_reason, figures, begun.selection)
 
-    def _begin(self, prompt: Prompt, sampler: Sampler, room: int) -> _Begun:
+    def _begin(self, prompt: Prompt, sampler: Sampler, room: int, budget: int | None) -> _Begun:
         """Decode the prompt, draw the first token, and cut the KV cache where it is over the budget."""
         started = time.perf_counter()
         n_batch = prefill_batch(prompt, self._projector)
-        cut = self.kv_budget is not None and self.kv_budget < prompt.n_tokens
-        if not cut:
+        if budget is None or budget >= prompt.n_tokens:
             context = self._kept.get(prompt.n_tokens + room, n_batch)
             prefill = Prefill(context, prompt, self._projector)
             token = sampler.sample(context)
@@ -356,16 +356,15 @@ class Runtime:
                 kv_bytes = shiftkv.cache_size(context) * prompt.n_tokens // context.n_ctx
                 figures = replace(figures, kv_bytes_prompt=kv_bytes, kv_bytes_kept=kv_bytes)
             return _Begun(context, prefill.position, token, figures, None)
-        assert self.kv_budget is not None
         with closing(self._new_context(prompt.n_tokens, n_batch)) as large:
             shiftkv.capture(large)
             prefill = Prefill(large, prompt, self._projector)
             token = sampler.sample(large)
             figures = self._figures(prompt, prefill, time.perf_counter() - started)
             started = time.perf_counter()
-            shiftkv.select(large, self.kv_method.params(self.kv_budget, self._model.architecture))
+            shiftkv.select(large, self.kv_method.params(budget, self._model.architecture))
             # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
-            n_ctx = max(self.kv_budget, min(self._model.window, prompt.n_tokens)) + room
+            n_ctx = max(budget, min(self._model.window, prompt.n_tokens)) + room
             context = self._kept.get(n_ctx, _DECODE_BATCH)
             position = shiftkv.compact(large, context)
             selection = Selection(shiftkv.kept(large), prompt.n_tokens, prompt.image_spans)
