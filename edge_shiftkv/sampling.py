@@ -1,28 +1,48 @@
-"""How the next token is drawn from a model's logits."""
+"""How the next token is drawn from a model's logits.
+
+A draw depends on the logits, the seed and the place in the answer only, not on how many draws were made before: of the
+tokens that the filters leave, it takes the one with the highest log p(token) + Gumbel(seed, place, token). That draws
+from p exactly (the Gumbel-max trick), and lets a draft model draw with the same noise (see `speculative.verify`).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import secrets
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
+import numpy as np
+import numpy.typing as npt
 
 from edge_shiftkv.errors import PromptError, ShiftKVError
 from edge_shiftkv.native.llama import Context, Model
 
-_RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp draws one
+_MAX_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED, which means none
+_PENALTY_WINDOW = 64  # llama.cpp's default
+_MANY = 4096  # choices beyond which bounds are cheaper than noise
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of llama.cpp's sampler chain, which applies them in the order top_k, top_p, min_p, temperature.
+    """How tokens are drawn: logit_bias, penalties, top_k, top_p, min_p and temperature, applied in this order.
 
-    temperature: 0 takes the most likely token, whatever the other settings are.
+    temperature: 0 takes the most likely token, whatever top_k, top_p and min_p are.
     top_k: keep the k most likely tokens; 0 keeps all.
     top_p: keep the most likely tokens that together have this probability; 1 keeps all.
     min_p: keep tokens with at least this share of the most likely one's probability; 0 keeps all.
     seed: the same seed draws the same tokens; None draws a seed.
+    repeat_penalty: divides the logit of a token among the answer's last 64, or multiplies it where negative; 1 is off.
+    presence_penalty: subtracted from the logit of a token among these 64; 0 is off.
+    frequency_penalty: the same, for each time it is among them.
+    logit_bias: token -> what is added to its logit; -inf bans it.
 
     Raises PromptError when a value is out of its range.
     """
@@ -32,6 +52,10 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.05
     seed: int | None = None
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -42,41 +66,192 @@ class Sampling:
             raise PromptError(f"top_p is {self.top_p}: it has to be in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise PromptError(f"min_p is {self.min_p}: it has to be in [0, 1]")
-        if self.seed is not None and not 0 <= self.seed < _RANDOM_SEED:
-            raise PromptError(f"seed is {self.seed}: it has to be in [0, {_RANDOM_SEED})")
+        if self.seed is not None and not 0 <= self.seed < _MAX_SEED:
+            raise PromptError(f"seed is {self.seed}: it has to be in [0, {_MAX_SEED})")
+        if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
+            raise PromptError(f"repeat_penalty is {self.repeat_penalty}: it has to be a finite number > 0 (1 is off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise PromptError(f"{name} is {value}: it has to be a finite number (0 is off)")
+        if any(math.isnan(bias) or bias == math.inf for bias in (self.logit_bias or {}).values()):
+            raise PromptError("a logit_bias is not a number: use finite ones, or -inf to ban a token")
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a token's logit depends on the tokens before it in the answer."""
+        return self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the filters leave of a vocabulary: tokens, and their log-probabilities but for a constant; both [n]."""
+
+    tokens: Ints
+    scores: Floats
+
+    def probabilities(self) -> Floats:
+        """The probabilities of `tokens`, [n]; they add up to 1."""
+        weights = np.exp(self.scores - self.scores.max())
+        p: Floats = weights / weights.sum()
+        return p
+
+
+class Noise:
+    """Numbers that depend on a seed, a place in the answer and a token, and otherwise on nothing.
+
+    Counter-based: SplitMix64's mixing (Steele, Lea, Flood 2014) of the three, so that any of them can be had alone.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = secrets.randbelow(_MAX_SEED) if seed is None else seed
+
+    def uniform(self, place: int, tokens: Ints) -> Floats:
+        """Uniform variates in (0, 1), [n], for `tokens` [n]; other numbers than tokens give further variates."""
+        x = tokens.astype(np.uint64)
+        x *= _GOLDEN
+        x += np.uint64(_mixed(_mixed(self.seed) + place))
+        x ^= x >> np.uint64(30)
+        x *= _MIX_1
+        x ^= x >> np.uint64(27)
+        x *= _MIX_2
+        x ^= x >> np.uint64(31)
+        # 52 bits: both ends are left out, and 1 - u is exact.
+        u: Floats = ((x >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return u
+
+    def gumbel(self, place: int, tokens: Ints) -> Floats:
+        """Standard Gumbel variates, [n], for `tokens` [n]."""
+        return _gumbel(self.uniform(place, tokens))
+
+    def pick(self, place: int, choices: Choices) -> int:
+        """Draw one of `choices`: the token with the highest score + Gumbel variate."""
+        tokens, scores = choices.tokens, choices.scores
+        if len(tokens) <= _MANY:
+            return int(tokens[np.argmax(scores + self.gumbel(place, tokens))])
+        # -log(-log(1 - u)) <= -log(u), which is cheap to know for all: few can be above the best one's true value.
+        u = self.uniform(place, tokens)
+        bounds = scores - np.log(u.astype(np.float32))
+        best = np.argmax(bounds)
+        few = np.flatnonzero(bounds >= scores[best] + _gumbel(u[best : best + 1]) - 1e-3)
+        return int(tokens[few[np.argmax(scores[few] + _gumbel(u[few]))]])
+
+
+_GOLDEN, _MIX_1, _MIX_2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mixed(x: int) -> int:
+    """SplitMix64's output function after one step."""
+    x = (x + int(_GOLDEN)) % 2**64
+    x = (x ^ (x >> 30)) * int(_MIX_1) % 2**64
+    x = (x ^ (x >> 27)) * int(_MIX_2) % 2**64
+    return x ^ (x >> 31)
+
+
+def _gumbel(u: Floats) -> Floats:
+    gumbel: Floats = -np.log(-np.log1p(-u))
+    return gumbel
 
 
 class Sampler:
-    """llama.cpp's sampler chain for one answer: it remembers its random state from token to token."""
+    """Draws the tokens of one answer, in their order.
+
+    noise: what it draws with.
+    n_drawn: tokens of the answer so far.
+
+    Raises PromptError for a bias on a token that the vocabulary does not have.
+    """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
-        self._chain: Any = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        if suppressed := model.suppressed_tokens:
-            biases = (llama.llama_logit_bias * len(suppressed))(
-                *(llama.llama_logit_bias(token, -math.inf) for token in suppressed)
-            )
-            self._add(llama.llama_sampler_init_logit_bias(model.n_vocab, len(suppressed), biases))
-        if sampling.temperature == 0:
-            self._add(llama.llama_sampler_init_greedy())
-            return
-        self._add(llama.llama_sampler_init_top_k(sampling.top_k))
-        self._add(llama.llama_sampler_init_top_p(sampling.top_p, 1))
-        self._add(llama.llama_sampler_init_min_p(sampling.min_p, 1))
-        self._add(llama.llama_sampler_init_temp(sampling.temperature))
-        self._add(llama.llama_sampler_init_dist(_RANDOM_SEED if sampling.seed is None else sampling.seed))
+        self.sampling = sampling
+        self.noise = Noise(sampling.seed)
+        self.n_drawn = 0
+        self._n_vocab = model.n_vocab
+        biases: Counter[int] = Counter()
+        biases.update(sampling.logit_bias or {})
+        biases.update(dict.fromkeys(model.suppressed_tokens, -math.inf))
+        if wrong := [token for token in biases if not 0 <= token < model.n_vocab]:
+            raise PromptError(f"logit_bias for token {wrong[0]}: the model's tokens are 0 to {model.n_vocab - 1}")
+        self._biased = np.array(list(biases), np.int64)
+        self._biases = np.array(list(biases.values()), np.float32)
+        self._recent: deque[int] = deque(maxlen=_PENALTY_WINDOW)
+        self._filters = _Filters(model.n_vocab, sampling) if sampling.temperature > 0 else None
 
     def close(self) -> None:
-        """Free the chain."""
+        """Free the filters."""
+        self._n_vocab = 0
+        if self._filters:
+            self._filters.close()
+
+    def sample(self, context: Context, output: int = -1) -> int:
+        """Draw the answer's next token from one of the logits of the last `decode`."""
+        logits = context.logits(output)
+        if self._filters is None:
+            token = int(np.argmax(self._adjusted(logits)))
+        else:
+            token = self.noise.pick(self.n_drawn, self.choices(logits))
+        self.accept(token)
+        return token
+
+    def choices(self, logits: npt.NDArray[np.float32]) -> Choices:
+        """The tokens that the next one is drawn from, by logits of shape [n_vocab]."""
+        if not self._n_vocab:
+            raise ShiftKVError("the sampler is closed")
+        adjusted = self._adjusted(logits)
+        if self._filters is None:
+            best = np.argmax(adjusted)
+            return Choices(np.array([best]), np.zeros(1))
+        return self._filters.apply(adjusted)
+
+    def accept(self, token: int) -> None:
+        """Note the answer's next token."""
+        self.n_drawn += 1
+        self._recent.append(token)
+
+    def _adjusted(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The logits with biases and penalties, [n_vocab]; llama.cpp's own would look up each of its tokens."""
+        penalized = self._recent if self.sampling.penalizes else ()
+        if not len(self._biased) and not penalized:
+            return logits
+        adjusted: npt.NDArray[np.float32] = logits.copy()
+        adjusted[self._biased] += self._biases
+        if penalized:
+            counts = Counter(penalized)
+            tokens, times = np.array(list(counts)), np.array(list(counts.values()), np.float32)
+            values = adjusted[tokens]
+            repeat = np.float32(self.sampling.repeat_penalty)
+            values = np.where(values <= 0, values * repeat, values / repeat)
+            values -= times * np.float32(self.sampling.frequency_penalty) + np.float32(self.sampling.presence_penalty)
+            adjusted[tokens] = values
+        return adjusted
+
+
+class _Filters:
+    """llama.cpp's samplers for top_k, top_p, min_p and temperature."""
+
+    def __init__(self, n_vocab: int, sampling: Sampling) -> None:
+        self._chain: Any = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        for filtering in (
+            llama.llama_sampler_init_top_k(sampling.top_k),
+            llama.llama_sampler_init_top_p(sampling.top_p, 1),
+            llama.llama_sampler_init_min_p(sampling.min_p, 1),
+            llama.llama_sampler_init_temp(sampling.temperature),
+        ):
+            llama.llama_sampler_chain_add(self._chain, filtering)
+        self._tokens = np.arange(n_vocab, dtype=np.int32)
+        self._data = np.zeros(n_vocab, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self._array: Any = llama.llama_token_data_array()
+
+    def close(self) -> None:
         chain, self._chain = self._chain, None
         if chain:
             llama.llama_sampler_free(chain)
 
-    def sample(self, context: Context) -> int:
-        """Draw a token from the logits after the last token that the context decoded."""
-        if not self._chain:
-            raise ShiftKVError("the sampler is closed")
-        token: int = llama.llama_sampler_sample(self._chain, context.pointer, -1)
-        return token
-
-    def _add(self, sampler: Any) -> None:
-        llama.llama_sampler_chain_add(self._chain, sampler)
+    def apply(self, logits: npt.NDArray[np.float32]) -> Choices:
+        self._data["id"] = self._tokens
+        self._data["logit"] = logits
+        array = self._array
+        array.data = ctypes.cast(self._data.ctypes.data, llama.llama_token_data_p)
+        array.size, array.selected, array.sorted = len(self._data), -1, False
+        llama.llama_sampler_apply(self._chain, ctypes.byref(array))
+        left = self._data[: array.size]
+        return Choices(left["id"].astype(np.int64), left["logit"].astype(np.float64))

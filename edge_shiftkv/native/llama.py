@@ -156,14 +156,26 @@ class Model:
 class Context:
     """A KV cache of `n_ctx` tokens and the buffers to decode up to `n_batch` tokens at once, for one sequence.
 
+    n_outputs: the most tokens of one `decode` that logits are wanted for.
+
     Raises ShiftKVError when the memory for it cannot be had or the model does not work with these KV types.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_batch: int, *, type_k: str, type_v: str, n_threads: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        n_batch: int,
+        *,
+        type_k: str,
+        type_v: str,
+        n_threads: int,
+        n_outputs: int = 1,
+    ) -> None:
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_batch
-        params.n_outputs_max = 1  # room for the logits of one token, where the default is n_batch of them
+        params.n_outputs_max = min(n_outputs, n_batch)  # the default has room for the logits of n_batch tokens
         params.swa_full = False  # sliding-window layers store their window only
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = KV_TYPES[type_k]
@@ -200,8 +212,13 @@ class Context:
         """Empty the KV cache."""
         llama.llama_memory_clear(llama.llama_get_memory(self.pointer), False)
 
-    def decode(self, tokens: Sequence[int], position: int, *, logits: bool = True) -> None:
-        """Decode up to `n_batch` tokens from `position` on, with logits after the last or without any.
+    def remove(self, position: int) -> None:
+        """Forget the tokens from `position` on. Raises ShiftKVError for a memory that cannot."""
+        if not llama.llama_memory_seq_rm(llama.llama_get_memory(self.pointer), 0, position, -1):
+            raise ShiftKVError("this model's memory does not take tokens back")
+
+    def decode(self, tokens: Sequence[int], position: int, *, logits: int = 1) -> None:
+        """Decode up to `n_batch` tokens from `position` on, with logits after each of the last `logits` tokens.
 
         Raises ShiftKVError when llama.cpp fails; the cache is then to be cleared.
         """
@@ -210,16 +227,19 @@ class Context:
             n_tokens=n,
             token=(llama.llama_token * n)(*tokens),
             pos=(llama.llama_pos * n)(*range(position, position + n)),
-            logits=(ctypes.c_int8 * n)(*[0] * (n - 1), logits),
+            logits=(ctypes.c_int8 * n)(*[0] * (n - logits), *[1] * logits),
         )
         with logs.native_call() as errors:
             status = llama.llama_decode(self.pointer, batch)
         if status:
             raise ShiftKVError(f"llama_decode failed with status {status}{logs.explain(errors)}")
 
-    def logits(self) -> npt.NDArray[np.float32]:
-        """The logits after the last token decoded, shape [n_vocab]; a view that the next `decode` overwrites."""
-        return np.ctypeslib.as_array(llama.llama_get_logits_ith(self.pointer, -1), (self._n_vocab,))
+    def logits(self, output: int = -1) -> npt.NDArray[np.float32]:
+        """The logits of one of the last `decode`'s outputs, [n_vocab]; a view that the next `decode` overwrites.
+
+        output: counts tokens with logits, from the last one backwards: -1, -2, ...
+        """
+        return np.ctypeslib.as_array(llama.llama_get_logits_ith(self.pointer, output), (self._n_vocab,))
 
 
 def check_gguf(path: Path) -> None:
