@@ -25,7 +25,7 @@ from edge_shiftkv.prompts.messages import Message, parse_messages
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.results import Completion, Figures, FinishReason
 from edge_shiftkv.sampling import Sampler, Sampling
-from edge_shiftkv.selection.methods import ShiftKV
+from edge_shiftkv.selection.methods import Method, ShiftKV, method
 from edge_shiftkv.selection.results import Selection
 from edge_shiftkv.text import TextAssembler
 
@@ -149,7 +149,8 @@ class Runtime:
     model: path of a GGUF file.
     mmproj: path of the GGUF file with its vision encoder and projector.
     kv_budget: KV pairs kept of a prompt per layer and KV head, at least 2; None keeps all. Can be set later.
-    kv_method: how they are selected.
+    kv_method: how they are selected: a configuration, or the name of one in `METHODS`; None takes ShiftKV's. Can be set
+        later.
     n_ctx: the most tokens of prompt and answer together; None takes what the model was trained with.
     type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
@@ -166,7 +167,7 @@ class Runtime:
         mmproj: str | os.PathLike[str] | None = None,
         *,
         kv_budget: int | None = None,
-        kv_method: ShiftKV | None = None,
+        kv_method: Method | str | None = None,
         n_ctx: int | None = None,
         type_k: str = "f16",
         type_v: str = "f16",
@@ -175,7 +176,7 @@ class Runtime:
         allow_http: bool = False,
     ) -> None:
         self.kv_budget = kv_budget
-        self.kv_method = kv_method or ShiftKV()
+        self.kv_method = kv_method
         for name in (type_k, type_v):
             if name not in KV_TYPES:
                 raise ShiftKVError(f"KV type {name!r} is not known: use one of {', '.join(KV_TYPES)}")
@@ -214,6 +215,15 @@ class Runtime:
         if budget is not None and budget < 2:
             raise ShiftKVError(f"kv_budget is {budget}: it has to be >= 2, or None to keep all")
         self._kv_budget = budget
+
+    @property
+    def kv_method(self) -> Method:
+        """How the KV pairs to keep are selected; set to a name or None, it is that method's configuration."""
+        return self._kv_method
+
+    @kv_method.setter
+    def kv_method(self, value: Method | str | None) -> None:
+        self._kv_method: Method = method(value) if isinstance(value, str) else value or ShiftKV()
 
     def close(self) -> None:
         """End a running stream and free everything; a second call does nothing."""
@@ -357,12 +367,13 @@ class Runtime:
                 figures = replace(figures, kv_bytes_prompt=kv_bytes, kv_bytes_kept=kv_bytes)
             return _Begun(context, prefill.position, token, figures, None)
         with closing(self._new_context(prompt.n_tokens, n_batch)) as large:
-            shiftkv.capture(large)
+            kv_method = self.kv_method
+            shiftkv.capture(large, kv_method.n_query)
             prefill = Prefill(large, prompt, self._projector)
             token = sampler.sample(large)
             figures = self._figures(prompt, prefill, time.perf_counter() - started)
             started = time.perf_counter()
-            shiftkv.select(large, self.kv_method.params(budget, self._model.architecture))
+            shiftkv.select(large, kv_method.params(budget, self._model.architecture))
             # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
             n_ctx = max(budget, min(self._model.window, prompt.n_tokens)) + room
             context = self._kept.get(n_ctx, _DECODE_BATCH)

@@ -25,7 +25,7 @@ def check(context: Context, layer: int, hidden: Array, n_stat: int = 512, tolera
     """Statistics and last hidden state are those of the hidden states [T, n_embd]."""
     expected = reference.statistics(hidden, n_stat)
     assert context.stats(layer, n_stat) == pytest.approx(expected, abs=tolerance)
-    assert context.hidden(layer) == pytest.approx(hidden[-1], abs=tolerance)
+    assert context.hidden(layer)[-1] == pytest.approx(hidden[-1], abs=tolerance)
 
 
 def check_queries(
@@ -34,6 +34,7 @@ def check_queries(
     """The queries are those of the last n hidden states."""
     positions = np.arange(n_past - n, n_past)
     expected = context.model.weights.queries(layer, hidden[-n:], positions, rotated=context.rotated)
+    assert context.hidden(layer) == pytest.approx(hidden[-n:], abs=tolerance)
     queries = context.queries(layer)
     assert queries.shape == expected.shape
     assert queries == pytest.approx(expected, abs=10 * tolerance)
@@ -111,7 +112,7 @@ def test_capture_does_not_change_the_logits(load: Load, spec: Spec) -> None:
     assert_same(*results)
 
 
-@pytest.mark.parametrize(("n_prompt", "n_query"), [(1, 64), (2, 64), (20, 64), (70, 64), (100, 33)])
+@pytest.mark.parametrize(("n_prompt", "n_query"), [(1, 64), (2, 64), (20, 64), (70, 64), (100, 33), (150, 512)])
 def test_query_rings(load: Load, n_prompt: int, n_query: int) -> None:
     model = load(Spec())
     hidden = model.weights.attention_input(0, model.weights.embed(text(n_prompt)))

@@ -23,6 +23,7 @@ from support.native import (
     STALE,
     UNSUPPORTED,
     Context,
+    Method,
     environment,
     params,
 )
@@ -79,7 +80,7 @@ def test_capture_of_no_sequence(context: Context, seq: int) -> None:
     check_works(context)
 
 
-@pytest.mark.parametrize("n_query", [0, 65])
+@pytest.mark.parametrize("n_query", [0, 513])
 def test_capture_of_too_many_or_no_queries(context: Context, n_query: int) -> None:
     assert context.capture(0, n_query) == ARGUMENT
     check_works(context)
@@ -106,6 +107,27 @@ def test_capture_of_too_many_or_no_queries(context: Context, n_query: int) -> No
         {"mass": -0.5},
         {"mass": 1.5},
         {"mass": float("nan")},
+        {"observed": -0.1},
+        {"observed": 1.0},
+        {"observed": float("nan")},
+        {"observed": 0.5, "n_window": 0},
+        {"observed": 0.5, "n_window": 2},
+        {"method": -1},
+        {"method": 6},
+        {"n_recent": 0},
+        {"n_pool": 0},
+        {"n_pool": 4},
+        {"n_pool": 65},
+        {"n_prompt": N_PROMPT - 1},
+        {"n_prompt": N_PROMPT + 1},
+        {"method": Method.RANDOM, "n_prompt": N_PROMPT + 1},
+        {"method": Method.SNAPKV, "n_window": 0},
+        {"method": Method.SNAPKV, "n_window": 2},
+        {"method": Method.SNAPKV, "n_window": 1, "n_prompt": N_PROMPT - 1},
+        {"method": Method.EXPECTED, "n_window": 0},
+        {"method": Method.EXPECTED, "n_window": 2},
+        {"method": Method.EXPECTED, "n_window": 1, "n_future": 0},
+        {"method": Method.EXPECTED, "n_window": 1, "n_future": 4097},
     ],
     ids=str,
 )
@@ -131,11 +153,16 @@ def test_null_pointers(chosen: Context) -> None:
         (native.c_capture_end, None),
         (native.c_select, None, ctypes.addressof(settings)),
         (native.c_select, this, None),
+        (native.c_select_scores, None, ctypes.addressof(settings), array, size),
+        (native.c_select_scores, this, None, array, size),
+        (native.c_select_scores, this, ctypes.addressof(settings), None, size),
         (native.c_compact, None, this, 0),
         (native.c_compact, this, None, 0),
         (native.c_get_info, None, array),
         (native.c_get_info, this, None),
         (native.c_get_layers, None, array, size),
+        (native.c_get_shape, None, 0, array),
+        (native.c_get_shape, this, 0, None),
         (native.c_get_kept, None, 0, 0, array, size),
         (native.c_get_kept, this, 0, 0, None, size),
         (native.c_get_scores, None, 0, 0, array, size),
@@ -146,6 +173,8 @@ def test_null_pointers(chosen: Context) -> None:
         (native.c_get_hidden, this, 0, None, size),
         (native.c_get_queries, None, 0, array, size),
         (native.c_get_queries, this, 0, None, size),
+        (native.c_get_keys, None, 0, array, size),
+        (native.c_get_keys, this, 0, None, size),
         (native.c_cache_size, None),
     ]
     for function, *arguments in calls:
@@ -153,8 +182,49 @@ def test_null_pointers(chosen: Context) -> None:
     check_works(chosen)
 
 
+SCORES = np.zeros((2, 2, N_PROMPT), np.float32)
+
+
+@pytest.mark.parametrize("size", [0, SCORES.size - 1, SCORES.size + 1])
+def test_scores_of_another_size(chosen: Context, size: int) -> None:
+    kept = chosen.all_kept()
+    assert chosen.select_scores(params(20), np.zeros(size, np.float32)) == ARGUMENT
+    assert chosen.select_scores(params(20, n_prompt=N_PROMPT - 1), SCORES) == ARGUMENT
+    assert chosen.all_kept() == kept
+    check_works(chosen)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 1, N_PROMPT - 1)])
+def test_scores_that_are_nan(chosen: Context, place: tuple[int, ...]) -> None:
+    kept = chosen.all_kept()
+    scores = SCORES.copy()
+    scores[place] = np.nan
+    assert chosen.select_scores(params(20), scores) == ARGUMENT
+    assert chosen.all_kept() == kept
+    check_works(chosen)
+
+
+def test_scores_with_parameters_out_of_range(chosen: Context) -> None:
+    for wrong in ({"budget": 1}, {"n_recent": 0}, {"n_pool": 2}, {"n_prompt": N_PROMPT + 1}):
+        assert chosen.select_scores(params(**({"budget": 20} | wrong)), SCORES) == ARGUMENT
+    check_works(chosen)
+
+
+def test_infinite_scores_of_both_signs_have_no_mean(captured: Context) -> None:
+    scores = SCORES.copy()
+    scores[1, 1, 10:12] = np.inf, -np.inf
+    assert captured.select_scores(params(20), scores) == OK
+    assert captured.select_scores(params(20, n_pool=3), scores) == ARGUMENT
+    assert captured.compact() == NO_SELECTION
+    check_works(captured)
+
+
 def test_select_without_capture(context: Context) -> None:
     assert select(context) == NOT_CAPTURING
+    assert context.select_scores(params(20), SCORES) == NOT_CAPTURING
+    out = np.empty(3, np.int32)
+    assert native.c_get_layers(context.pointer, out.ctypes.data, 3) == NOT_CAPTURING
+    assert native.c_get_shape(context.pointer, 0, out.ctypes.data) == NOT_CAPTURING
     context.decode(text(N_PROMPT), 0)
     assert select(context) == NOT_CAPTURING
     assert context.capture_end() == OK
@@ -378,7 +448,6 @@ def test_reading_without_a_selection(captured: Context) -> None:
     out = np.empty(1024, np.int32)
     pointer, array = captured.pointer, out.ctypes.data
     assert native.c_get_info(pointer, array) == NO_SELECTION
-    assert native.c_get_layers(pointer, array, 1024) == NO_SELECTION
     assert native.c_get_kept(pointer, 0, 0, array, 1024) == NO_SELECTION
     assert native.c_get_scores(pointer, 0, 0, array, 1024) == NO_SELECTION
 
@@ -393,12 +462,15 @@ def test_reading_what_is_not_there(chosen: Context) -> None:
         assert native.c_get_stats(pointer, layer, 512, array) == ARGUMENT
         assert native.c_get_hidden(pointer, layer, array, 4096) == ARGUMENT
         assert native.c_get_queries(pointer, layer, array, 4096) == ARGUMENT
+        assert native.c_get_keys(pointer, layer, array, 4096) == ARGUMENT
+        assert native.c_get_shape(pointer, layer, array) == ARGUMENT
     assert native.c_get_stats(pointer, 0, 0, array) == ARGUMENT
     assert native.c_get_layers(pointer, array, 1) == NO_SPACE
     assert native.c_get_kept(pointer, 0, 0, array, 19) == NO_SPACE
     assert native.c_get_scores(pointer, 0, 0, array, N_PROMPT - 1) == NO_SPACE
     assert native.c_get_hidden(pointer, 0, array, 63) == NO_SPACE
     assert native.c_get_queries(pointer, 0, array, 127) == NO_SPACE
+    assert native.c_get_keys(pointer, 0, array, N_PROMPT * 64 - 1) == NO_SPACE
     assert not out.any()
 
 
@@ -425,6 +497,7 @@ def test_reading_what_was_not_captured(context: Context) -> None:
             native.c_get_stats(context.pointer, 0, 1, out.ctypes.data),
             native.c_get_hidden(context.pointer, 0, out.ctypes.data, 64),
             native.c_get_queries(context.pointer, 0, out.ctypes.data, 64),
+            native.c_get_keys(context.pointer, 0, out.ctypes.data, 64),
         }
 
     assert statuses() == {NOT_CAPTURING}

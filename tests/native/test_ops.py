@@ -36,7 +36,9 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("type_src=i32,type_dst=i32,", *(f"type_src={t},type_dst={t},.*_src_transpose=1" for t in TRANSPOSED)),
     ),
     "cumsum": ("CUMSUM", FLOAT),
-    "get_rows": ("GET_ROWS", ("type=f32,.*v=0", "type=f32,n=1,", "type=i32,.*v=0")),
+    # Keys and values become numbers by it.
+    "get_rows": ("GET_ROWS", ("type=f32,n=1,", "type=i32,.*v=0", *(f"type={kind},.*v=0" for kind in KV_TYPES))),
+    "l2_norm": ("L2_NORM", FLOAT),
     "mul": ("MUL", ("type=f32,(?!.*perm1=1)",)),
     # Keys by head lie between those of other heads.
     "mul_mat": ("MUL_MAT", tuple(rf"type_a={kind},type_b=f32,.*per=\[0,2,1,3\]" for kind in KV_TYPES)),
@@ -47,6 +49,7 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "set_rows": ("SET_ROWS", (r"type(_dst)?=f32,type_idx=i64,.*v=0", r"type(_dst)?=f32,type_idx=i32,ne=\[1,")),
     "soft_max_ext": ("SOFT_MAX", ("type=f32,.*mask=0,sinks=0", "type=f32,.*mask=1,sinks=0,m_prec=f32")),
     "sqr": ("SQR", FLOAT),
+    "sqrt": ("SQRT", FLOAT),
     "step": ("STEP", PLAIN),
     "sub": ("SUB", ("type=f32,(?!.*perm1=1)",)),
     "sum_rows": ("SUM_ROWS", ("type=f32,.*permute=0,slice=0",)),
@@ -56,8 +59,8 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 have to match; each expression at least one, all of which the backend has to support."""
 
 NO_OPERATIONS = re.compile(
-    r"backend_.*|new_tensor_\dd|view_\dd|reshape_\dd|permute|set_(input|output)|prec_set_acc|build_forward_expand"
-    r"|init|tensor_overhead|format_name|op_name|get_unary_op|is_contiguous|nbytes|row_size|type_size|blck_size"
+    r"backend_.*|new_tensor(_\dd)?|view_\dd|reshape_\dd|permute|transpose|set_(input|output)|prec_set_acc|build_forward_expand"
+    r"|init|tensor_overhead|format_name|op_name|get_unary_op|is_contiguous|nbytes|nelements|get_type_traits|row_size|type_size|blck_size"
 )
 
 ON_THE_CPU = {("Vulkan", "mul_mat"): r"type_a=q[48]_0,"}

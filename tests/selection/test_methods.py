@@ -4,16 +4,37 @@ import pytest
 
 from edge_shiftkv import PromptError, ShiftKV
 from edge_shiftkv.native import shiftkv
+from edge_shiftkv.selection.methods import (
+    METHODS,
+    ExpectedAttention,
+    KeyDiff,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    method,
+)
 
 
 def values(params):
     return {name: getattr(params, name) for name, _ in params._fields_}
 
 
-def test_the_defaults_are_the_native_ones():
-    native = shiftkv.default_params()
+@pytest.mark.parametrize(
+    ("configuration", "kind"),
+    [
+        (ShiftKV, shiftkv.Method.SHIFTKV),
+        (StreamingLLM, shiftkv.Method.STREAMING),
+        (SnapKV, shiftkv.Method.SNAPKV),
+        (KeyDiff, shiftkv.Method.KEYDIFF),
+        (ExpectedAttention, shiftkv.Method.EXPECTED),
+        (Random, shiftkv.Method.RANDOM),
+    ],
+)
+def test_the_defaults_are_the_native_ones(configuration, kind):
+    native = shiftkv.default_params(kind)
     native.budget = 64
-    assert values(ShiftKV().params(64, "llama")) == values(native)
+    assert native.method == kind
+    assert values(configuration().params(64, "llama")) == values(native)
 
 
 @pytest.mark.parametrize(
@@ -24,41 +45,80 @@ def test_the_number_of_groups_is_the_papers_for_the_model(architecture, n_group)
     assert ShiftKV(n_group=8).params(64, architecture).n_group == 8
 
 
+def changed(configuration):
+    """The native parameters that differ from the published ones, and n_query."""
+    params = values(configuration.params(31, "llama"))
+    published = values(shiftkv.default_params(params["method"]))
+    return {name: value for name, value in params.items() if value != published[name]}, configuration.n_query
+
+
 def test_every_parameter_reaches_the_library():
-    method = ShiftKV(gamma=3.0, n_proxy=96, n_group=12, n_stat=7, n_layer_repeat=1, n_repeat=5, mass=0.5, seed=9)
-    assert values(method.params(31, "llama")) == {
-        "budget": 31,
-        "gamma": 3.0,
-        "n_proxy": 96,
-        "n_group": 12,
-        "n_stat": 7,
-        "n_layer_repeat": 1,
-        "n_repeat": 5,
-        "mass": 0.5,
-        "seed": 9,
-        "keep_scores": False,
-    }
+    proxies = {"n_proxy": 96, "n_group": 12, "n_stat": 7, "n_layer_repeat": 1, "n_repeat": 5}
+    others = {"gamma": 3.0, "mass": 0.5, "seed": 9}
+    assert changed(ShiftKV(**proxies, **others)) == ({"budget": 31, **proxies, **others}, 1)
+    assert changed(StreamingLLM(n_sink=7)) == ({"budget": 31, "n_sink": 7}, 1)
+    snapkv = {"budget": 31, "n_window": 20, "n_recent": 20, "n_pool": 7}
+    assert changed(SnapKV(window=20, kernel=7)) == (snapkv, 20)
+    assert changed(KeyDiff()) == ({"budget": 31}, 1)
+    expected = {"n_window": 100, "n_future": 64, "n_sink": 0}
+    assert changed(ExpectedAttention(**expected)) == ({"budget": 31, **expected}, 100)
+    assert changed(Random(seed=2**32 - 1)) == ({"budget": 31, "seed": 2**32 - 1}, 1)
 
 
 @pytest.mark.parametrize(
-    "parameter",
+    ("configuration", "parameter"),
     [
-        {"gamma": -1},
-        {"gamma": math.nan},
-        {"mass": 0},
-        {"mass": 1.1},
-        {"n_proxy": 0},
-        {"n_proxy": 48},
-        {"n_proxy": 8192},
-        {"n_group": 0},
-        {"n_group": 7},
-        {"n_stat": 0},
-        {"n_repeat": 0},
-        {"n_layer_repeat": -1},
-        {"seed": -1},
-        {"seed": 1 << 32},
+        (ShiftKV, {"gamma": -1}),
+        (ShiftKV, {"gamma": math.nan}),
+        (ShiftKV, {"mass": 0}),
+        (ShiftKV, {"mass": 1.1}),
+        (ShiftKV, {"n_proxy": 0}),
+        (ShiftKV, {"n_proxy": 48}),
+        (ShiftKV, {"n_proxy": 8192}),
+        (ShiftKV, {"n_group": 0}),
+        (ShiftKV, {"n_group": 7}),
+        (ShiftKV, {"n_stat": 0}),
+        (ShiftKV, {"n_repeat": 0}),
+        (ShiftKV, {"n_layer_repeat": -1}),
+        (ShiftKV, {"seed": -1}),
+        (ShiftKV, {"seed": 1 << 32}),
+        (StreamingLLM, {"n_sink": -1}),
+        (SnapKV, {"window": 0}),
+        (SnapKV, {"window": 513}),
+        (SnapKV, {"kernel": 4}),
+        (SnapKV, {"kernel": 65}),
+        (SnapKV, {"kernel": -1}),
+        (ExpectedAttention, {"n_window": 0}),
+        (ExpectedAttention, {"n_window": 513}),
+        (ExpectedAttention, {"n_future": 0}),
+        (ExpectedAttention, {"n_future": 4097}),
+        (ExpectedAttention, {"n_sink": -1}),
+        (Random, {"seed": 1 << 32}),
     ],
 )
-def test_parameters_out_of_range(parameter):
+def test_parameters_out_of_range(configuration, parameter):
     with pytest.raises(PromptError, match="to be"):
-        ShiftKV(**parameter)
+        configuration(**parameter)
+
+
+def test_methods_by_name():
+    assert [type(method(name)) for name in METHODS] == [
+        ShiftKV,
+        ShiftKV,
+        StreamingLLM,
+        SnapKV,
+        KeyDiff,
+        ExpectedAttention,
+        Random,
+    ]
+    assert method("shiftkv") == ShiftKV()
+
+
+def test_the_papers_settings_by_name():
+    paper = method("paper").params(64, "llama")
+    assert values(paper) == values(shiftkv.default_params(shiftkv.Method.SHIFTKV)) | {"budget": 64}
+
+
+def test_unknown_names_say_which_there_are():
+    with pytest.raises(PromptError, match=r"'snap' is not known: use one of shiftkv, paper, .*snapkv"):
+        method("snap")

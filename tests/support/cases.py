@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import gguf
+
 from support import selection
 from support.gguf_random import Spec
 from support.native import OK, Chunk, Context, Image, Model, set_causal_attn
@@ -50,6 +52,56 @@ QWEN3VL = Spec("qwen3vl", meta={"rope.dimension_sections": [6, 5, 5, 0], "n_deep
 # Every other layer has a sliding window.
 GEMMA2 = Spec("gemma2", n_layer=6, meta={"attention.sliding_window": 32, "attn_logit_softcapping": 20.0})
 GEMMA3 = Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 32, "attention.sliding_window_pattern": 2})
+
+ARCHITECTURES = [
+    Case("llama-mha", MHA, Settings()),
+    Case("llama-gqa", Spec(), Settings()),
+    Case("llama-mqa-odd", Spec(n_head=3, n_head_kv=1)),
+    Case("qwen2", QWEN2),
+    Case("qwen3", QWEN3),
+    Case("phi3", PHI3),
+    Case("gemma2", GEMMA2),
+    Case("gemma3", GEMMA3),
+    Case("qwen2vl", QWEN2VL),
+    Case("qwen3vl", QWEN3VL),
+]
+
+VARIANTS = [
+    Case("linear", Spec(meta={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})),
+    Case(
+        "yarn",
+        Spec(
+            "qwen2",
+            meta={
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 1024,
+            },
+        ),
+    ),
+    Case("factors", Spec(rope_factors=True)),
+    Case("base", Spec(meta={"rope.freq_base": 500.0})),
+    Case("f16-weights", Spec(weight_type=gguf.GGMLQuantizationType.F16)),
+]
+
+HEAD_64 = Spec(n_head=2, n_head_kv=1, d_head=64)
+HEAD_96 = Spec(n_head=2, n_head_kv=1, d_head=96)
+HEAD_128 = Spec(n_head=2, n_head_kv=1, d_head=128)
+HEAD_192 = Spec(n_head=2, n_head_kv=1, d_head=192)
+
+KV_TYPES = [
+    Case("f32", type_k="f32", type_v="f32"),
+    Case("bf16", type_k="bf16", type_v="bf16"),
+    Case("q8_0", type_k="q8_0", type_v="q8_0", flash=True),
+    Case("q8_0-keys", type_k="q8_0"),
+    Case("q4_0", type_k="q4_0", type_v="q4_0", flash=True),
+    Case("q4_0-keys-64", HEAD_64, type_k="q4_0"),
+    Case("q8_0-64", HEAD_64, type_k="q8_0", type_v="q8_0", flash=True),
+    Case("q8_0-96", HEAD_96, type_k="q8_0", type_v="q8_0", flash=True),
+    Case("q8_0-128", HEAD_128, type_k="q8_0", type_v="q8_0", flash=True),
+    Case("q4_0-192", HEAD_192, type_k="q4_0", type_v="q4_0", flash=True),
+    Case("q8_0-qwen2vl", QWEN2VL_64, type_k="q8_0", type_v="q4_0", flash=True, images=True),
+]
 
 SMALL_WINDOWS: Mapping[str, Any] = {"swa_full": False}
 """Window layers with a cache of their own size, 256 cells for 32 tokens a time, which longer prompts wrap around in."""

@@ -16,7 +16,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
-from edge_shiftkv.native.shiftkv import Info, Params, default_params
+from edge_shiftkv.native.shiftkv import MAX_QUERY, Info, Method, Params, default_params
 from support import kv_state
 from support.gguf_random import Spec, write_model
 from support.kv_state import Cells
@@ -60,22 +60,25 @@ c_status_str = c_function("status_str", ctypes.c_char_p, _i32)
 c_capture = c_function("capture", _i32, _pointer, _i32, _u32)
 c_capture_end = c_function("capture_end", _i32, _pointer)
 c_select = c_function("select", _i32, _pointer, _pointer)
+c_select_scores = c_function("select_scores", _i32, _pointer, _pointer, _pointer, _size)
 c_compact = c_function("compact", _i32, _pointer, _pointer, _i32)
 c_get_info = c_function("get_info", _i32, _pointer, _pointer)
 c_get_layers = c_function("get_layers", _i32, _pointer, _pointer, _size)
+c_get_shape = c_function("get_shape", _i32, _pointer, _i32, _pointer)
 c_get_kept = c_function("get_kept", _i32, _pointer, _i32, _i32, _pointer, _size)
 c_get_scores = c_function("get_scores", _i32, _pointer, _i32, _i32, _pointer, _size)
 c_get_stats = c_function("get_stats", _i32, _pointer, _i32, _u32, _pointer)
 c_get_hidden = c_function("get_hidden", _i32, _pointer, _i32, _pointer, _size)
 c_get_queries = c_function("get_queries", _i32, _pointer, _i32, _pointer, _size)
+c_get_keys = c_function("get_keys", _i32, _pointer, _i32, _pointer, _size)
 c_cache_size = c_function("cache_size", ctypes.c_int64, _pointer)
 
 set_causal_attn = llama.llama_set_causal_attn
 
 
-def params(budget: int, **others: Any) -> Params:
-    """The paper's settings, but for `others`."""
-    result = default_params()
+def params(budget: int, method: Method = Method.SHIFTKV, **others: Any) -> Params:
+    """A method's settings as published, but for `others`."""
+    result = default_params(method)
     result.budget = budget
     for name, value in others.items():
         assert hasattr(result, name)
@@ -289,6 +292,12 @@ class Context:
         status: int = c_select(self.pointer, ctypes.addressof(settings))
         return status
 
+    def select_scores(self, settings: Params, scores: Array) -> int:
+        """llama_shiftkv_select_scores() by scores of all layers: [n_layer, n_head_kv, n_prompt], or the same flat."""
+        flat = np.ascontiguousarray(scores, np.float32)
+        status: int = c_select_scores(self.pointer, ctypes.addressof(settings), flat.ctypes.data, flat.size)
+        return status
+
     def compact(self, destination: Context | None = None, seq: int = 0) -> int:
         """llama_shiftkv_compact()."""
         status: int = c_compact(self.pointer, (destination or self).pointer, seq)
@@ -329,17 +338,23 @@ class Context:
         return float(out[0]), float(out[1])
 
     def hidden(self, layer: int) -> Array:
-        """The last token's hidden state."""
-        out = np.empty(self.model.n_embd, np.float32)
-        assert c_get_hidden(self.pointer, layer, out.ctypes.data, out.size) == OK
-        return out
+        """The last hidden states, [n, n_embd]."""
+        return self._captured(c_get_hidden, layer, (MAX_QUERY, self.model.n_embd))
 
     def queries(self, layer: int) -> Array:
         """The last queries, [n, n_head, d_head]."""
         spec = self.model.spec
-        out = np.empty((64, spec.n_head, spec.d_head), np.float32)
-        n = c_get_queries(self.pointer, layer, out.ctypes.data, out.size)
-        assert n >= 0
+        return self._captured(c_get_queries, layer, (MAX_QUERY, spec.n_head, spec.d_head))
+
+    def keys(self, layer: int) -> Array:
+        """The keys of all tokens, [n, n_head_kv, d_head]."""
+        spec = self.model.spec
+        return self._captured(c_get_keys, layer, (1024, spec.n_head_kv, spec.d_head))
+
+    def _captured(self, function: Any, layer: int, shape: tuple[int, ...]) -> Array:
+        out = np.empty(shape, np.float32)
+        n = function(self.pointer, layer, out.ctypes.data, out.size)
+        assert n >= 0, n
         return out[:n]
 
     def _rows(self, function: Any, layer: int, n: int, dtype: Any) -> Iterator[npt.NDArray[Any]]:

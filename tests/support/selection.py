@@ -34,7 +34,7 @@ def rankings(context: Context, settings: Settings, n_past: int, seq: int = 0) ->
     cells = context.cells(seq)[0]
     for index, layer in enumerate(context.layers()):
         k = cells.k[index].values(weights.spec.n_head_kv)
-        last_hidden = context.hidden(layer).astype(np.float64)
+        last_hidden = context.hidden(layer)[-1].astype(np.float64)
         stats = context.stats(layer, settings.n_stat)
         repeat = index < settings.n_layer_repeat
         hidden, positions, n_group = reference.proxies(settings, stats, last_hidden, n_past, repeat)

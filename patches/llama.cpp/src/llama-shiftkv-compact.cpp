@@ -296,14 +296,14 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
     // what was selected must still be there
     {
         std::vector<uint32_t> cells;
-        if (seq_id != sel.seq_id || collect(cells) != LLAMA_SHIFTKV_OK || cells != sel.cells || fingerprint(cells) != sel.hash) {
+        if (seq_id != sel.seq_id || collect(cells) != LLAMA_SHIFTKV_OK || cells != sel.cells_all || fingerprint(cells) != sel.hash) {
             return LLAMA_SHIFTKV_ERR_STALE;
         }
     }
 
     const bool in_place = &dst == &lctx && seq_dst == sel.seq_id;
 
-    if (in_place && sel.info.n_kept == sel.info.n_prompt) {
+    if (in_place && sel.info.n_kept == sel.cells_all.size()) {
         return LLAMA_SHIFTKV_OK;
     }
 
@@ -334,22 +334,36 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
         moves.push_back(std::move(m));
     }
 
-    if (kv_swa && !in_place) {
+    if (kv_swa) {
         move m = { *kv_swa, *kv_swa_dst, {}, {}, {} };
 
         const auto & cells = kv_swa->get_cells(sel.seq_id);
-        const llama_pos n_past = cells.seq_pos_max(sel.seq_id) + 1;
+        const auto in_window = [&](llama_pos pos) {
+            return pos < sel.n_past && !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos, sel.n_past);
+        };
 
         for (const auto & [pos, cell] : cells.seq_pos_get(sel.seq_id)) {
-            if (!llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos, n_past)) {
+            if (in_window(pos)) {
                 m.cells_meta.push_back(cell);
+            }
+        }
+
+        // what was decoded after the prompt may have taken its window's cells
+        if (sel.cells.size() < sel.cells_all.size()) {
+            const auto & all = kv->get_cells(sel.seq_id);
+            const size_t n = std::count_if(sel.cells.begin(), sel.cells.end(), [&](uint32_t c) { return in_window(all.pos_get(c)); });
+            if (m.cells_meta.size() < n) {
+                LLAMA_LOG_ERROR("%s: the sliding-window cache holds only %zu of the %zu tokens before the prompt's end\n", __func__, m.cells_meta.size(), n);
+                return LLAMA_SHIFTKV_ERR_STALE;
             }
         }
         for (const auto & l : kv_swa->layers) {
             m.idxs.emplace_back(hparams.n_head_kv(l.il), std::vector<int32_t>(m.cells_meta.begin(), m.cells_meta.end()));
         }
 
-        moves.push_back(std::move(m));
+        if (!in_place) {
+            moves.push_back(std::move(m));
+        }
     }
 
     for (auto & m : moves) {
@@ -387,6 +401,10 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
             cells.ext_set(m.cells_dst[i], metas[i].ext);
             cells.seq_add(m.cells_dst[i], seq_dst);
         }
+    }
+
+    if (kv_swa && in_place) {
+        kv_swa->seq_rm(sel.seq_id, sel.n_past, -1);
     }
 
     // in the context that captures, these cells no longer hold what was captured

@@ -49,9 +49,17 @@ struct llama_shiftkv_path {
     // hidden: [n_embd, n], pos: as the model's, for n tokens, rot: as attention's; the last two may be null where the path has none
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * hidden, ggml_tensor * pos, ggml_tensor * rot) const;
 
+    // the same with the mean of the rotations to many positions, n_comp numbers each, which come in parts; eye is the unit matrix
+    // [n_embd_head, n_embd_head]. neither is looked at where the path has no rotation
+    ggml_tensor * build_mean(ggml_context * ctx, ggml_tensor * hidden, const std::vector<ggml_tensor *> & pos, int64_t n_comp, ggml_tensor * eye, ggml_tensor * rot) const;
+
     bool uses(leaf_kind kind) const;
 
 private:
+    using rope = std::function<ggml_tensor *(const node & n, ggml_tensor ** src)>;
+
+    ggml_tensor * build(ggml_context * ctx, ggml_tensor * hidden, ggml_tensor * rot, const rope & build_rope) const;
+
     bool visit(ggml_tensor * t, ggml_tensor * hidden, std::map<ggml_tensor *, int32_t> & seen, std::string & error);
 };
 
@@ -72,18 +80,20 @@ struct llama_shiftkv {
         llama_shiftkv_path path;
 
         // on the layer's own device
-        ggml_tensor * stats   = nullptr; // F32 [2, cells]             sum and sum of squares of a token's hidden state, by cell
-        ggml_tensor * hidden  = nullptr; // F32 [n_embd, 2]            the last token's; row 1 takes what isn't wanted
-        ggml_tensor * queries = nullptr; // F32 [n_head*d, n_query + 1] a ring; the last row takes what isn't wanted
+        ggml_tensor * stats   = nullptr; // F32 [2, cells]              sum and sum of squares of a token's hidden state, by cell
+        ggml_tensor * hidden  = nullptr; // F32 [n_embd, n_query + 1]   a ring; the last row takes what isn't wanted
+        ggml_tensor * queries = nullptr; // F32 [n_head*d, n_query + 1] likewise
     };
 
     // what a selection found
     struct selection {
         llama_shiftkv_info info;
 
-        std::vector<uint32_t> cells;   // the prompt's cells in order: index into the prompt -> cell
+        std::vector<uint32_t> cells;     // the prompt's cells in order: index into the prompt -> cell
+        std::vector<uint32_t> cells_all; // the same, and those of what was captured after it
         llama_seq_id          seq_id;
-        uint64_t              hash;     // fingerprint() of the cells
+        llama_pos             n_past;    // position after the prompt
+        uint64_t              hash;      // fingerprint() of cells_all
 
         // per cut layer and KV head
         std::vector<std::vector<std::vector<int32_t>>> kept;   // indices into the prompt, ascending
@@ -114,12 +124,21 @@ struct llama_shiftkv {
     uint64_t fingerprint(const std::vector<uint32_t> & cells) const;
 
     int32_t get_stats(const layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const;
-    int32_t get_queries(const layer & l, const std::vector<uint32_t> & cells, std::vector<float> & out) const;
+
+    // the last tokens, n at most, that are still in the rings, oldest first: their rows there
+    std::vector<int32_t> ring_rows(const std::vector<uint32_t> & cells, size_t n) const;
+
+    // rows of hidden or queries; of the keys
+    std::vector<float> get_ring(const ggml_tensor * ring, const std::vector<uint32_t> & cells) const;
+    std::vector<float> get_keys(const layer & l, const std::vector<uint32_t> & cells) const;
 
     layer * find_layer(int32_t il);
 
     // llama-shiftkv-select.cpp
-    int32_t select(const llama_shiftkv_params & params);
+    int32_t select(const llama_shiftkv_params & params, const float * scores, size_t n_scores); // scores: null, or the caller's
+
+    // n_proxy*n_embd standard normal numbers
+    const std::vector<float> & get_noise(uint32_t seed, uint32_t n_proxy);
 
     // llama-shiftkv-compact.cpp
     int32_t compact(llama_context & dst, llama_seq_id seq_dst);
@@ -144,7 +163,7 @@ private:
             llm_graph_result * res, const llama_memory_context_i * mctx, llm_graph_input_shiftkv *& inp);
 
     bool    alloc_buffers();
-    int32_t select_layer(size_t i_layer, const llama_shiftkv_params & params);
+    int32_t select_layer(size_t i_layer, const llama_shiftkv_params & params, const float * scores);
 
     // idxs: per KV head, cells of src that go to dst_cells
     bool    move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama_kv_cache & dst, llama_seq_id seq_dst, size_t ikv,
@@ -156,7 +175,7 @@ private:
 
     llama_pos pos_last = -1; // of the last captured token
 
-    std::vector<float>    noise; // of the last selection, with its seed
+    std::vector<float> noise; // of the last selection that drew any, with its seed
     uint32_t noise_seed = 0;
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;

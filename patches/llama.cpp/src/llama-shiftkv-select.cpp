@@ -1,4 +1,5 @@
 #include "llama-shiftkv-impl.h"
+#include "llama-shiftkv-rules.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -10,12 +11,52 @@
 #include <numeric>
 #include <random>
 
-// intermediate results of the attention of proxies stay below this, where a KV head allows
+// intermediate results of the attention of many queries stay below this, where a KV head allows
 static constexpr size_t SHIFTKV_CHUNK_BYTES = 64u*1024*1024;
 
 // a small model's graphs have room for 1024 tensors (llama_context::graph_max_nodes()); a chunk of the most proxies takes fewer than 90
-static constexpr int64_t  SHIFTKV_CHUNKS_MAX = 8;
-static constexpr uint32_t SHIFTKV_PROXY_MAX  = 4096;
+static constexpr int64_t SHIFTKV_CHUNKS_MAX = 8;
+
+static constexpr uint32_t SHIFTKV_POOL_MAX = 63;
+
+const llama_shiftkv_rule * llama_shiftkv_get_rule(llama_shiftkv_method method) {
+    switch (method) {
+        case LLAMA_SHIFTKV_METHOD_SHIFTKV:   return &llama_shiftkv_rule_shiftkv;
+        case LLAMA_SHIFTKV_METHOD_STREAMING: return &llama_shiftkv_rule_streaming;
+        case LLAMA_SHIFTKV_METHOD_SNAPKV:    return &llama_shiftkv_rule_snapkv;
+        case LLAMA_SHIFTKV_METHOD_KEYDIFF:   return &llama_shiftkv_rule_keydiff;
+        case LLAMA_SHIFTKV_METHOD_EXPECTED:  return &llama_shiftkv_rule_expected;
+        case LLAMA_SHIFTKV_METHOD_RANDOM:    return &llama_shiftkv_rule_random;
+    }
+    return nullptr;
+}
+
+llama_shiftkv_params llama_shiftkv_default_params(llama_shiftkv_method method) {
+    llama_shiftkv_params params = {
+        /*.method         =*/ method,
+        /*.budget         =*/ 0,
+        /*.n_prompt       =*/ 0,
+        /*.n_sink         =*/ 0,
+        /*.n_recent       =*/ 1,
+        /*.n_pool         =*/ 1,
+        /*.n_window       =*/ 32,
+        /*.n_future       =*/ 512,
+        /*.n_proxy        =*/ 512,
+        /*.n_group        =*/ 16,
+        /*.n_stat         =*/ 512,
+        /*.n_layer_repeat =*/ 2,
+        /*.n_repeat       =*/ 16,
+        /*.gamma          =*/ 10.0f,
+        /*.mass           =*/ 0.95f,
+        /*.observed       =*/ 0.0f,
+        /*.seed           =*/ 0,
+        /*.keep_scores    =*/ false,
+    };
+    if (const auto * rule = llama_shiftkv_get_rule(method)) {
+        rule->defaults(params);
+    }
+    return params;
+}
 
 // standard normal numbers: Mersenne twister and Box-Muller, the same on every platform
 static std::vector<float> gen_noise(uint32_t seed, size_t n) {
@@ -37,8 +78,21 @@ static std::vector<float> gen_noise(uint32_t seed, size_t n) {
     return res;
 }
 
-// sum over dimension 1 of a contiguous [a, n, b, 1] -> [a, 1, b, 1], by halves: every backend adds views, not all sum over an outer dimension
-static ggml_tensor * sum_dim1(ggml_context * ctx, ggml_tensor * x) {
+const std::vector<float> & llama_shiftkv::get_noise(uint32_t seed, uint32_t n_proxy) {
+    const size_t n = (size_t) lctx.get_model().hparams.n_embd*n_proxy;
+    if (noise.size() != n || noise_seed != seed) {
+        noise      = gen_noise(seed, n);
+        noise_seed = seed;
+    }
+    return noise;
+}
+
+//
+// what rules build with
+//
+
+// by halves: every backend adds views, not all sum over an outer dimension
+ggml_tensor * llama_shiftkv_sum_dim1(ggml_context * ctx, ggml_tensor * x) {
     ggml_tensor * rest = nullptr;
 
     const auto rows = [&](ggml_tensor * t, int64_t i, int64_t n) {
@@ -85,11 +139,186 @@ static ggml_tensor * build_attn_weights(ggml_context * ctx, ggml_tensor * k, ggm
     return ggml_soft_max_ext(ctx, kq, mask, kq_scale, 0.0f);
 }
 
-int32_t llama_shiftkv::select(const llama_shiftkv_params & params) {
-    if (params.budget < 2 ||
-        params.n_group < 1 || params.n_proxy < params.n_group || params.n_proxy > SHIFTKV_PROXY_MAX || params.n_proxy % params.n_group != 0 ||
-        params.n_stat < 1 || params.n_repeat < 1 || params.n_repeat > SHIFTKV_PROXY_MAX ||
-        !std::isfinite(params.gamma) || params.gamma < 0.0f || !(params.mass > 0.0f && params.mass <= 1.0f)) {
+static ggml_tensor * new_input(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1) {
+    ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
+    ggml_set_input(t);
+    return t;
+}
+
+ggml_tensor * llama_shiftkv_scoring::input(std::vector<float> data, int64_t ne0, int64_t ne1) {
+    ggml_tensor * t = new_input(ctx, GGML_TYPE_F32, ne0, ne1);
+    inputs.push_back([t, data = std::move(data)]() { ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t)); });
+    return t;
+}
+
+ggml_tensor * llama_shiftkv_scoring::input(const float * data, int64_t ne0, int64_t ne1) {
+    ggml_tensor * t = new_input(ctx, GGML_TYPE_F32, ne0, ne1);
+    inputs.push_back([t, data]() { ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t)); });
+    return t;
+}
+
+ggml_tensor * llama_shiftkv_scoring::input(std::vector<int32_t> data) {
+    ggml_tensor * t = new_input(ctx, GGML_TYPE_I32, data.size(), 1);
+    inputs.push_back([t, data = std::move(data)]() { ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t)); });
+    return t;
+}
+
+ggml_tensor * llama_shiftkv_scoring::input_pos(const std::vector<llama_pos> & pos) {
+    if (!l.path.uses(llama_shiftkv_path::POS)) {
+        return nullptr;
+    }
+    // a text token's in M-RoPE: three times the same, then 0
+    std::vector<int32_t> data(pos.size()*n_pos_comp, 0);
+    for (int64_t c = 0; c < std::min<int64_t>(n_pos_comp, 3); ++c) {
+        std::copy(pos.begin(), pos.end(), data.begin() + c*pos.size());
+    }
+    return input(std::move(data));
+}
+
+ggml_tensor * llama_shiftkv_scoring::input_rot() {
+    if (!l.path.uses(llama_shiftkv_path::ROT)) {
+        return nullptr;
+    }
+    ggml_tensor * t = skv.kv->build_input_k_rot(ctx);
+    inputs.push_back([this, t]() { skv.kv->set_input_k_rot(t); });
+    return t;
+}
+
+ggml_tensor * llama_shiftkv_scoring::input_valid(size_t first, size_t last) {
+    std::vector<float> data(n_kv, 0.0f);
+    for (size_t i = first; i < last; ++i) {
+        data[cells[i] - c0] = 1.0f;
+    }
+    return input(std::move(data), n_kv);
+}
+
+ggml_tensor * llama_shiftkv_scoring::input_mask(const std::vector<std::pair<size_t, size_t>> & ranges) {
+    const bool all = std::all_of(ranges.begin(), ranges.end(), [&](const auto & r) { return r.first == 0 && (int64_t) r.second == n_kv; });
+    if (all) {
+        return nullptr;
+    }
+    std::vector<float> data(n_kv*ranges.size(), -INFINITY);
+    for (size_t i = 0; i < ranges.size(); ++i) {
+        for (size_t t = ranges[i].first; t < ranges[i].second; ++t) {
+            data[i*n_kv + cells[t] - c0] = 0.0f;
+        }
+    }
+    return input(std::move(data), n_kv, ranges.size());
+}
+
+ggml_tensor * llama_shiftkv_scoring::keys(int64_t h0, int64_t n) const {
+    const size_t nb_head = ggml_row_size(k->type, l.n_embd_head);
+    return ggml_view_3d(ctx, k, l.n_embd_head, n_kv, n, k->nb[1], nb_head, c0*k->nb[1] + h0*nb_head);
+}
+
+ggml_tensor * llama_shiftkv_scoring::keys_f32() {
+    std::vector<int32_t> idxs(n_kv);
+    std::iota(idxs.begin(), idxs.end(), c0);
+    return ggml_reshape_3d(ctx, ggml_get_rows(ctx, k, input(std::move(idxs))), l.n_embd_head, l.n_head_kv, n_kv);
+}
+
+ggml_tensor * llama_shiftkv_scoring::value_norms() {
+    const int64_t d = v->ne[0]/l.n_head_kv;
+
+    ggml_tensor * rows   = v;
+    int32_t       offset = c0;
+
+    if (v_trans) {
+        const size_t ts = ggml_type_size(v->type);
+        rows   = ggml_view_2d(ctx, ggml_reshape_2d(ctx, v, v->ne[1], v->ne[0]), n_kv, v->ne[0], v->ne[1]*ts, c0*ts);
+        rows   = ggml_cont(ctx, ggml_transpose(ctx, rows)); // [d*n_head_kv, n_kv]
+        offset = 0;
+    }
+
+    std::vector<int32_t> idxs(n_kv);
+    std::iota(idxs.begin(), idxs.end(), offset);
+    rows = ggml_get_rows(ctx, rows, input(std::move(idxs))); // F32
+
+    ggml_tensor * sum = ggml_sum_rows(ctx, ggml_sqr(ctx, ggml_reshape_3d(ctx, rows, d, l.n_head_kv, n_kv)));
+    sum = ggml_reshape_2d(ctx, ggml_sqrt(ctx, sum), l.n_head_kv, n_kv);
+
+    return ggml_cont(ctx, ggml_transpose(ctx, sum));
+}
+
+ggml_tensor * llama_shiftkv_scoring::queries(const std::vector<int32_t> & rows) {
+    ggml_tensor * q = ggml_get_rows(ctx, l.queries, input(rows));
+    return ggml_permute(ctx, ggml_reshape_3d(ctx, q, l.n_embd_head, l.n_head, rows.size()), 0, 2, 1, 3);
+}
+
+ggml_tensor * llama_shiftkv_scoring::hidden(const std::vector<int32_t> & rows) {
+    return ggml_get_rows(ctx, l.hidden, input(rows));
+}
+
+ggml_tensor * llama_shiftkv_scoring::sum_queries(ggml_tensor * q, int64_t n_group, bool by_head, const chunk & f) {
+    const int64_t n_head_kv   = l.n_head_kv;
+    const int64_t n_per_group = q->ne[1]/n_group;
+
+    // a few KV heads, then a few queries at a time
+    const int64_t bytes_per_query = n_kv*n_gqa()*sizeof(float);
+    const int64_t n_head_chunk = std::max({ (int64_t) 1, (int64_t) SHIFTKV_CHUNK_BYTES/(bytes_per_query*q->ne[1]), (n_head_kv + SHIFTKV_CHUNKS_MAX - 1)/SHIFTKV_CHUNKS_MAX });
+    const int64_t n_chunks_max = std::max<int64_t>(1, SHIFTKV_CHUNKS_MAX*n_head_chunk/n_head_kv);
+    const int64_t n_j_chunk    = std::max({ (int64_t) 1, (int64_t) SHIFTKV_CHUNK_BYTES/(bytes_per_query*n_group), (n_per_group + n_chunks_max - 1)/n_chunks_max });
+
+    std::vector<ggml_tensor *> parts;
+    for (int64_t h0 = 0; h0 < n_head_kv; h0 += n_head_chunk) {
+        const int64_t n_h = std::min(n_head_chunk, n_head_kv - h0);
+
+        ggml_tensor * part = nullptr;
+        for (int64_t j0 = 0; j0 < n_per_group; j0 += n_j_chunk) {
+            const int64_t n_j = std::min(n_j_chunk, n_per_group - j0);
+
+            ggml_tensor * q_part = ggml_view_3d(ctx, q, l.n_embd_head, n_j*n_group, n_h*n_gqa(), q->nb[1], q->nb[2], j0*n_group*q->nb[1] + h0*n_gqa()*q->nb[2]);
+
+            ggml_tensor * a = f(keys(h0, n_h), q_part, j0*n_group);
+
+            a = llama_shiftkv_sum_dim1(ctx, ggml_reshape_3d(ctx, a, n_kv*n_group, n_j, n_gqa()*n_h));
+            if (!by_head) {
+                a = llama_shiftkv_sum_dim1(ctx, ggml_reshape_3d(ctx, a, n_kv*n_group, n_gqa(), n_h));
+            }
+
+            part = part ? ggml_add(ctx, part, a) : a;
+        }
+        part = ggml_reshape_3d(ctx, part, n_kv, n_group, ggml_nelements(part)/(n_kv*n_group));
+        ggml_build_forward_expand(gf, part); // one after the other, so that they share memory
+        parts.push_back(part);
+    }
+
+    // concatenate, by halves
+    while (parts.size() > 1) {
+        std::vector<ggml_tensor *> next;
+        for (size_t i = 0; i + 1 < parts.size(); i += 2) {
+            next.push_back(ggml_concat(ctx, parts[i], parts[i + 1], 2));
+        }
+        if (parts.size() % 2 == 1) {
+            next.push_back(parts.back());
+        }
+        parts = std::move(next);
+    }
+    return parts[0];
+}
+
+ggml_tensor * llama_shiftkv_scoring::sum_attention(ggml_tensor * q, ggml_tensor * mask, int64_t n_group) {
+    return sum_queries(q, n_group, false, [&](ggml_tensor * k, ggml_tensor * q, int64_t first) {
+        ggml_tensor * rows = mask ? ggml_view_2d(ctx, mask, n_kv, q->ne[1], mask->nb[1], first*mask->nb[1]) : nullptr;
+        return build_attn_weights(ctx, k, q, rows, l.kq_scale, l.soft_cap);
+    });
+}
+
+//
+// selection
+//
+
+int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float * scores, size_t n_scores) {
+    const auto * rule = llama_shiftkv_get_rule(params.method);
+
+    if (params.budget < 2 || params.n_recent < 1 || params.n_pool % 2 != 1 || params.n_pool > SHIFTKV_POOL_MAX) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    if (!scores && (!rule || !rule->valid(params))) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    if (!scores && rule->n_query(params) > n_query) {
+        LLAMA_LOG_ERROR("%s: the method looks at the last %u queries, captured are %u\n", __func__, rule->n_query(params), n_query);
         return LLAMA_SHIFTKV_ERR_ARGUMENT;
     }
     if (!error.empty()) {
@@ -100,18 +329,42 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params) {
     lctx.synchronize();
     lctx.memory_update(false);
 
+    std::vector<uint32_t> cells;
+    int32_t status = collect(cells);
+    if (status != LLAMA_SHIFTKV_OK) {
+        selected = false;
+        sel = {};
+        return status;
+    }
+
+    const uint32_t n_prompt = params.n_prompt == 0 ? cells.size() : params.n_prompt;
+    const uint32_t n_kept   = std::min(n_prompt, params.budget);
+
+    if (n_prompt > cells.size()) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    if (scores) {
+        size_t n = 0;
+        for (const auto & l : layers) {
+            n += l.n_head_kv*n_prompt;
+        }
+        if (n_scores != n || std::any_of(scores, scores + n, [](float v) { return std::isnan(v); })) {
+            return LLAMA_SHIFTKV_ERR_ARGUMENT;
+        }
+    } else if (n_prompt < cells.size() && rule->n_query(params) > 0) {
+        LLAMA_LOG_ERROR("%s: the method looks at the last queries of the prompt, but captured are those of what follows it\n", __func__);
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+
     selected = false;
     sel = {};
 
-    int32_t status = collect(sel.cells);
-    if (status != LLAMA_SHIFTKV_OK) {
-        return status;
-    }
+    sel.cells_all = cells;
+    sel.cells     = std::move(cells);
+    sel.cells.resize(n_prompt);
     sel.seq_id = seq_id;
-    sel.hash   = fingerprint(sel.cells);
-
-    const uint32_t n_prompt = sel.cells.size();
-    const uint32_t n_kept   = std::min(n_prompt, params.budget);
+    sel.n_past = kv->get_cells(seq_id).pos_get(sel.cells.back()) + 1;
+    sel.hash   = fingerprint(sel.cells_all);
 
     sel.info.n_prompt = n_prompt;
     sel.info.n_kept   = n_kept;
@@ -124,7 +377,10 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params) {
         sel.info.kv_bytes_kept   += row*n_kept;
     }
     if (kv_swa) {
-        const size_t n_swa = kv_swa->get_cells(seq_id).seq_pos_get(seq_id).size();
+        size_t n_swa = 0;
+        for (const auto & pos_cell : kv_swa->get_cells(seq_id).seq_pos_get(seq_id)) {
+            n_swa += pos_cell.first < sel.n_past;
+        }
         for (const auto & kvl : kv_swa->layers) {
             const size_t row = kvl.k->nb[1] + ggml_row_size(kvl.v->type, kvl.v->ne[0]);
             sel.info.kv_bytes_prompt += row*n_swa;
@@ -148,14 +404,11 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params) {
         sel.scores.resize(layers.size());
     }
 
-    const size_t n_noise = (size_t) lctx.get_model().hparams.n_embd*params.n_proxy;
-    if (noise.size() != n_noise || noise_seed != params.seed) {
-        noise      = gen_noise(params.seed, n_noise);
-        noise_seed = params.seed;
-    }
-
     for (size_t i = 0; i < layers.size() && status == LLAMA_SHIFTKV_OK; ++i) {
-        status = select_layer(i, params);
+        status = select_layer(i, params, scores);
+        if (scores) {
+            scores += layers[i].n_head_kv*n_prompt;
+        }
     }
 
     selected = status == LLAMA_SHIFTKV_OK;
@@ -163,21 +416,8 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params) {
     return status;
 }
 
-int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params & params) {
+int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params & params, const float * scores) {
     const layer & l = layers[i_layer];
-
-    const auto & hparams = lctx.get_model().hparams;
-
-    const int64_t n_embd    = hparams.n_embd;
-    const int64_t n_head    = l.n_head;
-    const int64_t n_head_kv = l.n_head_kv;
-    const int64_t n_gqa     = n_head/n_head_kv;
-
-    // the first layers repeat the last hidden state, in one group
-    const bool    repeat      = i_layer < params.n_layer_repeat;
-    const int64_t n_proxy     = repeat ? params.n_repeat : params.n_proxy;
-    const int64_t n_group     = repeat ? 1 : params.n_group;
-    const int64_t n_per_group = n_proxy/n_group;
 
     // cells from the prompt's first to its last, rounded to what fast matrix products want; others in between are masked
     const auto & cells = sel.cells;
@@ -185,222 +425,136 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
     const uint32_t c0 = *c_min/16*16;
     const uint32_t c1 = std::min((*c_max/16 + 1)*16, kv->get_size());
 
-    const int64_t n_kv    = c1 - c0;
-    const bool    foreign = n_kv != (int64_t) cells.size();
-    const uint32_t c_last = cells.back() - c0;
+    const uint32_t strm = kv->get_stream(seq_id);
+    const auto   & kvl  = kv->layers[l.ikv];
 
-    float mean = 0.0f;
-    float sd   = 0.0f;
-    get_stats(l, cells, params.n_stat, mean, sd);
-
-    ggml_tensor * inp_noise = nullptr; // F32 [n_embd, n_proxy]
-    ggml_tensor * inp_pos   = nullptr; // I32 [n_proxy*n_pos]
-    ggml_tensor * inp_rot   = nullptr; // F32 [n_rot, n_rot]
-    ggml_tensor * inp_mask  = nullptr; // F32 [n_kv, n_proxy]  -inf: not of this prompt
-    ggml_tensor * inp_valid = nullptr; // F32 [n_kv]           0: the last key, or not of this prompt
-    ggml_tensor * inp_bias  = nullptr; // F32 [n_kv]           -inf likewise
-    ggml_tensor * out_order = nullptr; // I32 [n_kv, n_head_kv]
-    ggml_tensor * out_score = nullptr; // F32 [n_kv, n_head_kv]
-
-    const int64_t n_pos = hparams.n_pos_per_embd();
-
-    const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
-        const auto new_input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
-            ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
-            ggml_set_input(t);
-            return t;
-        };
-
-        inp_valid = new_input(GGML_TYPE_F32, n_kv, 1);
-        inp_bias  = new_input(GGML_TYPE_F32, n_kv, 1);
-
-        if (l.path.uses(llama_shiftkv_path::POS)) {
-            inp_pos = new_input(GGML_TYPE_I32, n_proxy*n_pos, 1);
-        }
-        if (l.path.uses(llama_shiftkv_path::ROT)) {
-            inp_rot = kv->build_input_k_rot(ctx);
-        }
-        if (foreign) {
-            inp_mask = new_input(GGML_TYPE_F32, n_kv, n_proxy);
-        }
-
-        // step 2: the proxies' hidden states
-        ggml_tensor * hidden;
-        if (repeat) {
-            hidden = ggml_repeat_4d(ctx, ggml_view_2d(ctx, l.hidden, n_embd, 1, l.hidden->nb[1], 0), n_embd, n_proxy, 1, 1);
-        } else {
-            inp_noise = new_input(GGML_TYPE_F32, n_embd, n_proxy);
-            hidden    = ggml_scale_bias(ctx, inp_noise, params.gamma*sd, mean);
-        }
-
-        // step 3: [d, n_head, n_proxy] -> [d, n_proxy, n_head]. proxy j of group i is column j*n_group + i
-        ggml_tensor * q = ggml_permute(ctx, l.path.build(ctx, hidden, inp_pos, inp_rot), 0, 2, 1, 3);
-
-        ggml_tensor * k_cells = kv->layers[l.ikv].k_stream[kv->get_stream(seq_id)];
-
-        const auto k_heads = [&](int64_t h0, int64_t n) {
-            const size_t nb_head = ggml_row_size(k_cells->type, l.n_embd_head);
-            return ggml_view_3d(ctx, k_cells, l.n_embd_head, n_kv, n, k_cells->nb[1], nb_head, c0*k_cells->nb[1] + h0*nb_head);
-        };
-
-        // the real last query's attention, mean over the heads of a KV head: [n_kv, 1, n_head_kv]
-        const size_t q_row = ((n_ord - 1) % n_query)*l.queries->nb[1];
-        ggml_tensor * q_last = ggml_view_3d(ctx, l.queries, l.n_embd_head, 1, n_head, l.queries->nb[1], l.n_embd_head*sizeof(float), q_row);
-        ggml_tensor * a_last = build_attn_weights(ctx, k_heads(0, n_head_kv), q_last, inp_mask, l.kq_scale, l.soft_cap);
-        a_last = sum_dim1(ctx, ggml_reshape_3d(ctx, a_last, n_kv, n_gqa, n_head_kv));
-        a_last = ggml_scale(ctx, a_last, 1.0f/n_gqa);
-
-        // step 4: the proxies' attention, summed within groups: [n_kv, n_group, n_head_kv]; a few KV heads, then a few proxies at a time
-        const int64_t bytes_per_proxy = n_kv*n_gqa*sizeof(float);
-        const int64_t n_head_chunk = std::max({ (int64_t) 1, (int64_t) SHIFTKV_CHUNK_BYTES/(bytes_per_proxy*n_proxy), (n_head_kv + SHIFTKV_CHUNKS_MAX - 1)/SHIFTKV_CHUNKS_MAX });
-        const int64_t n_chunks_max = std::max<int64_t>(1, SHIFTKV_CHUNKS_MAX*n_head_chunk/n_head_kv);
-        const int64_t n_j_chunk    = std::max({ (int64_t) 1, (int64_t) SHIFTKV_CHUNK_BYTES/(bytes_per_proxy*n_group), (n_per_group + n_chunks_max - 1)/n_chunks_max });
-
-        std::vector<ggml_tensor *> parts;
-        for (int64_t h0 = 0; h0 < n_head_kv; h0 += n_head_chunk) {
-            const int64_t n_h = std::min(n_head_chunk, n_head_kv - h0);
-
-            ggml_tensor * part = nullptr;
-            for (int64_t j0 = 0; j0 < n_per_group; j0 += n_j_chunk) {
-                const int64_t n_j = std::min(n_j_chunk, n_per_group - j0);
-
-                ggml_tensor * q_part = ggml_view_3d(ctx, q, l.n_embd_head, n_j*n_group, n_h*n_gqa, q->nb[1], q->nb[2], j0*n_group*q->nb[1] + h0*n_gqa*q->nb[2]);
-
-                ggml_tensor * a = build_attn_weights(ctx, k_heads(h0, n_h), q_part, inp_mask, l.kq_scale, l.soft_cap);
-
-                a = sum_dim1(ctx, ggml_reshape_3d(ctx, a, n_kv*n_group, n_j, n_gqa*n_h));
-                a = sum_dim1(ctx, ggml_reshape_3d(ctx, a, n_kv*n_group, n_gqa, n_h));
-
-                part = part ? ggml_add(ctx, part, a) : a;
-            }
-            part = ggml_reshape_3d(ctx, part, n_kv, n_group, n_h);
-            ggml_build_forward_expand(gf, part); // one after the other, so that they share memory
-            parts.push_back(part);
-        }
-
-        ggml_tensor * mass = ggml_scale(ctx, concat_dim2(ctx, parts), 1.0f/(n_gqa*(1 + n_per_group)));
-        mass = ggml_add(ctx, mass, ggml_scale(ctx, a_last, 1.0f/(1 + n_per_group)));
-        mass = ggml_mul(ctx, mass, inp_valid);
-
-        // step 5: in each group the smallest set of keys that holds the share of its mass
-        const int64_t n_sets = n_group*n_head_kv;
-
-        mass = ggml_reshape_2d(ctx, mass, n_kv, n_sets);
-
-        ggml_tensor * order  = ggml_argsort(ctx, mass, GGML_SORT_ORDER_DESC);
-        ggml_tensor * sorted = ggml_get_rows(ctx, ggml_reshape_3d(ctx, mass, 1, n_kv, n_sets), order);
-        sorted = ggml_reshape_2d(ctx, sorted, n_kv, n_sets);
-
-        ggml_tensor * cum   = ggml_cumsum(ctx, sorted);
-        ggml_tensor * total = ggml_cont(ctx, ggml_view_2d(ctx, cum, 1, n_sets, cum->nb[1], (n_kv - 1)*cum->nb[0]));
-
-        // a key is in the set while the mass before it is short of the share
-        ggml_tensor * in_set = ggml_sub(ctx, ggml_sub(ctx, cum, sorted), ggml_scale(ctx, total, params.mass));
-        in_set = ggml_step(ctx, ggml_neg(ctx, in_set));
-
-        // back to the order of the keys; every element of mass is overwritten
-        ggml_tensor * votes = ggml_set_rows(ctx,
-                ggml_reshape_3d(ctx, mass, 1, n_kv, n_sets), ggml_reshape_3d(ctx, in_set, 1, n_kv, n_sets), order);
-        votes = sum_dim1(ctx, ggml_reshape_3d(ctx, votes, n_kv, n_group, n_head_kv));
-
-        // step 6
-        ggml_tensor * score = ggml_add(ctx, ggml_add(ctx, votes, a_last), inp_bias);
-
-        // step 7
-        out_score = ggml_reshape_2d(ctx, score, n_kv, n_head_kv);
-        out_order = ggml_argsort(ctx, out_score, GGML_SORT_ORDER_DESC);
-
-        ggml_set_output(out_score);
-        ggml_set_output(out_order);
-        ggml_build_forward_expand(gf, out_order);
+    llama_shiftkv_scoring s = {
+        *this, l, params, i_layer, cells, c0, c1 - c0, kvl.k_stream[strm], kvl.v_stream[strm], kv->v_trans, lctx.get_model().hparams.n_pos_per_embd(),
     };
 
-    const auto set = [&]() {
-        if (inp_noise) {
-            ggml_backend_tensor_set(inp_noise, noise.data(), 0, ggml_nbytes(inp_noise));
-        }
-        if (inp_pos) {
-            // proxy j of every group is at n_past + (j + 1)*n_group; as a text token's in M-RoPE: three times the same, then 0
-            const llama_pos n_past = kv->seq_pos_max(seq_id) + 1;
+    const size_t n_head_kv = l.n_head_kv;
+    const size_t n_prompt  = cells.size();
 
-            std::vector<llama_pos> pos(n_proxy*n_pos, 0);
-            for (int64_t i = 0; i < n_proxy; ++i) {
-                for (int64_t c = 0; c < std::min<int64_t>(n_pos, 3); ++c) {
-                    pos[c*n_proxy + i] = n_past + (i/n_group + 1)*n_group;
+    std::vector<float> ranks;    // [n_head_kv][n_prompt]
+    std::vector<float> observed; // the same, or empty
+
+    if (scores) {
+        ranks.assign(scores, scores + n_head_kv*n_prompt);
+    } else if (const auto * rule = llama_shiftkv_get_rule(params.method); rule->fill) {
+        ranks = rule->fill(s);
+    } else {
+        ggml_tensor * out = nullptr;
+
+        const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
+            s.ctx = ctx;
+            s.gf  = gf;
+
+            out = rule->build(s);
+            for (auto * t : { out, s.observed }) {
+                if (t) {
+                    ggml_set_output(t);
+                    ggml_build_forward_expand(gf, t);
                 }
             }
-            ggml_backend_tensor_set(inp_pos, pos.data(), 0, ggml_nbytes(inp_pos));
-        }
-        if (inp_rot) {
-            kv->set_input_k_rot(inp_rot);
-        }
-
-        std::vector<float> valid(n_kv, 0.0f);
-        for (const uint32_t c : cells) {
-            valid[c - c0] = 1.0f;
-        }
-        std::vector<float> bias(n_kv);
-        const auto to_bias = [](float v) { return v == 1.0f ? 0.0f : -INFINITY; };
-
-        if (inp_mask) {
-            std::transform(valid.begin(), valid.end(), bias.begin(), to_bias);
-
-            std::vector<float> mask;
-            mask.reserve(n_kv*n_proxy);
-            for (int64_t i = 0; i < n_proxy; ++i) {
-                mask.insert(mask.end(), bias.begin(), bias.end());
+        };
+        const auto set = [&]() {
+            for (const auto & f : s.inputs) {
+                f();
             }
-            ggml_backend_tensor_set(inp_mask, mask.data(), 0, ggml_nbytes(inp_mask));
+        };
+        if (!compute(build, set)) {
+            return LLAMA_SHIFTKV_ERR_COMPUTE;
         }
 
-        valid[c_last] = 0.0f;
-        std::transform(valid.begin(), valid.end(), bias.begin(), to_bias);
+        // in the prompt's order
+        const auto read = [&](const ggml_tensor * t) {
+            std::vector<float> by_cell(s.n_kv*n_head_kv);
+            ggml_backend_tensor_get(t, by_cell.data(), 0, ggml_nbytes(t));
 
-        ggml_backend_tensor_set(inp_valid, valid.data(), 0, ggml_nbytes(inp_valid));
-        ggml_backend_tensor_set(inp_bias,  bias.data(),  0, ggml_nbytes(inp_bias));
+            std::vector<float> res;
+            res.reserve(n_head_kv*n_prompt);
+            for (size_t h = 0; h < n_head_kv; ++h) {
+                for (const uint32_t c : cells) {
+                    res.push_back(by_cell[h*s.n_kv + c - c0]);
+                }
+            }
+            return res;
+        };
+        ranks = read(out);
+        if (s.observed) {
+            observed = read(s.observed);
+        }
+    }
+
+    const size_t n_kept   = sel.info.n_kept;
+    const size_t n_recent = std::min<size_t>(params.n_recent, n_kept);
+    const size_t n_sink   = std::min<size_t>(params.n_sink, n_kept - n_recent);
+    const size_t i_recent = n_prompt - n_recent;
+
+    // the tokens before the last ones, which are always kept, averaged with their neighbours among them
+    const auto pool = [&](std::vector<float> & rows) {
+        const size_t n_side = params.n_pool/2;
+        if (n_side == 0 || rows.empty()) {
+            return;
+        }
+        std::vector<float> res(i_recent);
+        for (size_t h = 0; h < n_head_kv; ++h) {
+            float * row = rows.data() + h*n_prompt;
+            for (size_t i = 0; i < i_recent; ++i) {
+                const size_t first = i - std::min(i, n_side);
+                const size_t last  = std::min(i + n_side + 1, i_recent);
+                res[i] = std::accumulate(row + first, row + last, 0.0f)/params.n_pool;
+            }
+            std::copy(res.begin(), res.end(), row);
+        }
     };
-
-    if (!compute(build, set)) {
-        return LLAMA_SHIFTKV_ERR_COMPUTE;
-    }
-
-    // cell -> index into the prompt
-    std::vector<int32_t> index(n_kv, -1);
-    for (size_t i = 0; i < cells.size(); ++i) {
-        index[cells[i] - c0] = i;
-    }
-
-    const size_t n_top = sel.info.n_kept - 1;
-
-    std::vector<int32_t> top(n_top*n_head_kv);
-    ggml_backend_tensor_get_2d(out_order, top.data(), 0, n_top*sizeof(int32_t), n_head_kv, out_order->nb[1], n_top*sizeof(int32_t));
+    pool(ranks);
+    pool(observed);
 
     sel.kept[i_layer].resize(n_head_kv);
-    for (int64_t h = 0; h < n_head_kv; ++h) {
+    for (size_t h = 0; h < n_head_kv; ++h) {
         auto & kept = sel.kept[i_layer][h];
-        for (size_t i = 0; i < n_top; ++i) {
-            const int32_t c = top[h*n_top + i];
-            if (c < 0 || c >= n_kv || index[c] < 0 || c == (int32_t) c_last) {
-                LLAMA_LOG_ERROR("%s: layer %d ranks no valid scores (NaN in the cache or the weights?)\n", __func__, l.il);
-                return LLAMA_SHIFTKV_ERR_COMPUTE;
-            }
-            kept.push_back(index[c]);
+
+        for (size_t i = 0; i < n_sink; ++i) {
+            kept.push_back(i);
         }
-        kept.push_back(cells.size() - 1);
+        for (size_t i = i_recent; i < n_prompt; ++i) {
+            kept.push_back(i);
+        }
+
+        std::vector<int32_t> rest(i_recent - n_sink);
+        std::iota(rest.begin(), rest.end(), n_sink);
+
+        // the n best of the rest; of equal ones the first
+        const auto take = [&](const std::vector<float> & rows, size_t n) {
+            const float * row = rows.data() + h*n_prompt;
+            if (std::any_of(rest.begin(), rest.end(), [&](int32_t i) { return std::isnan(row[i]); })) {
+                return false;
+            }
+            std::nth_element(rest.begin(), rest.begin() + n, rest.end(), [&](int32_t a, int32_t b) {
+                return row[a] > row[b] || (row[a] == row[b] && a < b);
+            });
+            kept.insert(kept.end(), rest.begin(), rest.begin() + n);
+            rest.erase(rest.begin(), rest.begin() + n);
+            return true;
+        };
+
+        const size_t n_observed = observed.empty() ? 0 : std::min<size_t>(std::lround(params.observed*n_kept), n_kept - kept.size());
+
+        if ((n_observed > 0 && !take(observed, n_observed)) || !take(ranks, n_kept - kept.size())) {
+            LLAMA_LOG_ERROR("%s: layer %d has scores that are NaN\n", __func__, l.il);
+            return scores ? LLAMA_SHIFTKV_ERR_ARGUMENT : LLAMA_SHIFTKV_ERR_COMPUTE;
+        }
         std::sort(kept.begin(), kept.end());
     }
 
     if (params.keep_scores) {
-        std::vector<float> score(n_kv*n_head_kv);
-        ggml_backend_tensor_get(out_score, score.data(), 0, ggml_nbytes(out_score));
-
         sel.scores[i_layer].resize(n_head_kv);
-        for (int64_t h = 0; h < n_head_kv; ++h) {
+        for (size_t h = 0; h < n_head_kv; ++h) {
             auto & row = sel.scores[i_layer][h];
-            for (const uint32_t c : cells) {
-                row.push_back(score[h*n_kv + c - c0]);
-            }
-            row.back() = std::numeric_limits<float>::infinity();
+            row.assign(ranks.begin() + h*n_prompt, ranks.begin() + (h + 1)*n_prompt);
+            std::fill(row.begin(), row.begin() + n_sink, std::numeric_limits<float>::infinity());
+            std::fill(row.begin() + i_recent, row.end(), std::numeric_limits<float>::infinity());
         }
     }
 

@@ -1,4 +1,5 @@
 #include "llama-shiftkv-impl.h"
+#include "llama-shiftkv-rules.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -150,7 +151,18 @@ bool llama_shiftkv_path::uses(leaf_kind kind) const {
     return false;
 }
 
-ggml_tensor * llama_shiftkv_path::build(ggml_context * ctx, ggml_tensor * hidden, ggml_tensor * pos, ggml_tensor * rot) const {
+// a node of the same kind; its size may be another
+static ggml_tensor * new_node(ggml_context * ctx, const llama_shiftkv_path::node & n, const int64_t * ne, ggml_tensor ** src) {
+    ggml_tensor * t = ggml_new_tensor(ctx, n.type, GGML_MAX_DIMS, ne);
+    memcpy(t->op_params, n.op_params, sizeof(n.op_params));
+    t->op = n.op;
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        t->src[i] = src[i];
+    }
+    return t;
+}
+
+ggml_tensor * llama_shiftkv_path::build(ggml_context * ctx, ggml_tensor * hidden, ggml_tensor * rot, const rope & build_rope) const {
     const int64_t n_new = hidden->ne[1];
 
     std::vector<ggml_tensor *> built;
@@ -163,9 +175,9 @@ ggml_tensor * llama_shiftkv_path::build(ggml_context * ctx, ggml_tensor * hidden
             switch (ref.kind) {
                 case NODE:   src[i] = built[ref.node]; break;
                 case HIDDEN: src[i] = hidden;          break;
-                case POS:    src[i] = pos;             break;
                 case ROT:    src[i] = rot;             break;
                 case WEIGHT: src[i] = ref.tensor;      break;
+                case POS:                              break; // build_rope() knows
                 case NONE:                             break;
             }
         }
@@ -183,19 +195,50 @@ ggml_tensor * llama_shiftkv_path::build(ggml_context * ctx, ggml_tensor * hidden
         ggml_tensor * t;
         if (n.view) {
             t = ggml_view_4d(ctx, src[0], ne[0], ne[1], ne[2], ne[3], n.nb[1], n.nb[2], n.nb[3], n.view_offs);
+        } else if (n.op == GGML_OP_ROPE) {
+            t = build_rope(n, src);
         } else {
-            t = ggml_new_tensor_4d(ctx, n.type, ne[0], ne[1], ne[2], ne[3]);
-            memcpy(t->op_params, n.op_params, sizeof(n.op_params));
-            t->op = n.op;
-            for (int i = 0; i < GGML_MAX_SRC; ++i) {
-                t->src[i] = src[i];
-            }
+            t = new_node(ctx, n, ne, src);
         }
 
         built.push_back(t);
     }
 
     return built.back();
+}
+
+ggml_tensor * llama_shiftkv_path::build(ggml_context * ctx, ggml_tensor * hidden, ggml_tensor * pos, ggml_tensor * rot) const {
+    return build(ctx, hidden, rot, [&](const node & n, ggml_tensor ** src) {
+        src[1] = pos;
+        return new_node(ctx, n, src[0]->ne, src);
+    });
+}
+
+ggml_tensor * llama_shiftkv_path::build_mean(ggml_context * ctx, ggml_tensor * hidden, const std::vector<ggml_tensor *> & pos, int64_t n_comp, ggml_tensor * eye, ggml_tensor * rot) const {
+    return build(ctx, hidden, rot, [&](const node & rope, ggml_tensor ** src) {
+        // a rotation is linear in what it turns: its mean is a matrix, whose columns are those of the unit matrix after it
+        const int64_t d = eye->ne[0];
+
+        ggml_tensor * x   = ggml_is_contiguous(src[0]) ? src[0] : ggml_cont(ctx, src[0]);
+        ggml_tensor * sum = nullptr;
+        int64_t n = 0;
+
+        for (auto * part : pos) {
+            const int64_t n_part = part->ne[0]/n_comp;
+            src[0] = ggml_repeat_4d(ctx, eye, d, d, n_part, 1);
+            src[1] = part;
+            ggml_tensor * t = new_node(ctx, rope, src[0]->ne, src);
+            t   = llama_shiftkv_sum_dim1(ctx, ggml_reshape_3d(ctx, t, d*d, n_part, 1));
+            sum = sum ? ggml_add(ctx, sum, t) : t;
+            n  += n_part;
+        }
+
+        sum = ggml_scale(ctx, ggml_reshape_2d(ctx, sum, d, d), 1.0f/n);
+
+        ggml_tensor * res = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, sum)), x);
+        ggml_prec_set_acc(res, GGML_PREC_F32);
+        return res;
+    });
 }
 
 //
@@ -223,10 +266,8 @@ public:
     const llama_kv_cache_context * mctx;
 
     ggml_tensor * cells = nullptr; // I64 [n_tokens] cell of each token
-    ggml_tensor * rows  = nullptr; // I32 [n_query]  tokens whose queries are kept ...
+    ggml_tensor * rows  = nullptr; // I32 [n_query]  tokens whose hidden states and queries are kept ...
     ggml_tensor * slots = nullptr; // I64 [n_query]  ... and where
-    ggml_tensor * last  = nullptr; // I32 [1]        token whose hidden state is kept ...
-    ggml_tensor * last_slot = nullptr; // I64 [1]    ... and where
 };
 
 llama_shiftkv::llama_shiftkv(llama_context & lctx) : lctx(lctx) {
@@ -314,7 +355,7 @@ bool llama_shiftkv::alloc_buffers() {
         }
 
         l.stats   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 2, n_cells);
-        l.hidden  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, 2);
+        l.hidden  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_query + 1);
         l.queries = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, l.n_head*l.n_embd_head, n_query + 1);
 
         ggml_format_name(l.stats,   "shiftkv_stats_l%d",   l.il);
@@ -491,13 +532,11 @@ void llama_shiftkv::capture_layer(const llama_ubatch & ubatch, ggml_tensor * kqv
 
         auto ptr = std::make_unique<llm_graph_input_shiftkv>(*this, mctx_kv);
 
-        ptr->cells     = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens);
-        ptr->rows      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_query);
-        ptr->slots     = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_query);
-        ptr->last      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
-        ptr->last_slot = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
+        ptr->cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens);
+        ptr->rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_query);
+        ptr->slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_query);
 
-        for (auto * tensor : { ptr->cells, ptr->rows, ptr->slots, ptr->last, ptr->last_slot }) {
+        for (auto * tensor : { ptr->cells, ptr->rows, ptr->slots }) {
             ggml_set_input(tensor);
         }
 
@@ -512,7 +551,7 @@ void llama_shiftkv::capture_layer(const llama_ubatch & ubatch, ggml_tensor * kqv
     ggml_tensor * sums = ggml_concat(ctx, ggml_sum_rows(ctx, hidden), ggml_sum_rows(ctx, ggml_sqr(ctx, hidden)), 0);
 
     ggml_build_forward_expand(gf, ggml_set_rows(ctx, l->stats,   sums, inp->cells));
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, l->hidden,  ggml_get_rows(ctx, hidden, inp->last), inp->last_slot));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, l->hidden,  ggml_get_rows(ctx, hidden, inp->rows), inp->slots));
     ggml_build_forward_expand(gf, ggml_set_rows(ctx, l->queries, ggml_get_rows(ctx, q,      inp->rows), inp->slots));
 }
 
@@ -550,13 +589,8 @@ void llama_shiftkv::set_input(llm_graph_input_shiftkv & inp, const llama_ubatch 
         pos_last = ubatch->pos[tokens.back()];
     }
 
-    const int32_t last      = tokens.empty() ? 0 : tokens.back();
-    const int64_t last_slot = tokens.empty() ? 1 : 0;
-
-    ggml_backend_tensor_set(inp.rows,      rows.data(),  0, ggml_nbytes(inp.rows));
-    ggml_backend_tensor_set(inp.slots,     slots.data(), 0, ggml_nbytes(inp.slots));
-    ggml_backend_tensor_set(inp.last,      &last,        0, sizeof(last));
-    ggml_backend_tensor_set(inp.last_slot, &last_slot,   0, sizeof(last_slot));
+    ggml_backend_tensor_set(inp.rows,  rows.data(),  0, ggml_nbytes(inp.rows));
+    ggml_backend_tensor_set(inp.slots, slots.data(), 0, ggml_nbytes(inp.slots));
 }
 
 //
@@ -642,23 +676,50 @@ int32_t llama_shiftkv::get_stats(const layer & l, const std::vector<uint32_t> & 
     return LLAMA_SHIFTKV_OK;
 }
 
-int32_t llama_shiftkv::get_queries(const layer & l, const std::vector<uint32_t> & cells, std::vector<float> & out) const {
-    const size_t  offs  = (size_t) kv->get_stream(seq_id)*kv->get_size();
-    const int64_t n_row = l.n_head*l.n_embd_head;
+std::vector<int32_t> llama_shiftkv::ring_rows(const std::vector<uint32_t> & cells, size_t n) const {
+    const size_t offs = (size_t) kv->get_stream(seq_id)*kv->get_size();
 
     // tokens that were taken back and decoded again have pushed others off the ring
-    size_t n = 0;
-    while (n < std::min<size_t>(n_query, cells.size()) && cell_ord[offs + cells[cells.size() - 1 - n]] >= std::max<int64_t>(0, n_ord - n_query)) {
-        n++;
+    std::vector<int32_t> res;
+    for (size_t i = cells.size(); i > 0 && res.size() < n; --i) {
+        const int64_t ord = cell_ord[offs + cells[i - 1]];
+        if (ord < std::max<int64_t>(0, n_ord - n_query)) {
+            break;
+        }
+        res.push_back(ord % n_query);
     }
+    std::reverse(res.begin(), res.end());
 
-    out.resize(n*n_row);
-    for (size_t i = 0; i < n; ++i) {
-        const int64_t ord = cell_ord[offs + cells[cells.size() - n + i]];
-        ggml_backend_tensor_get(l.queries, out.data() + i*n_row, (ord % n_query)*l.queries->nb[1], n_row*sizeof(float));
+    return res;
+}
+
+std::vector<float> llama_shiftkv::get_ring(const ggml_tensor * ring, const std::vector<uint32_t> & cells) const {
+    const auto rows = ring_rows(cells, n_query);
+
+    std::vector<float> res(rows.size()*ring->ne[0]);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        ggml_backend_tensor_get(ring, res.data() + i*ring->ne[0], rows[i]*ring->nb[1], ring->nb[1]);
     }
+    return res;
+}
 
-    return n;
+std::vector<float> llama_shiftkv::get_keys(const layer & l, const std::vector<uint32_t> & cells) const {
+    const ggml_tensor * k = kv->layers[l.ikv].k_stream[kv->get_stream(seq_id)];
+
+    const auto to_float = ggml_get_type_traits(k->type)->to_float; // null for F32
+
+    std::vector<uint8_t> row(k->nb[1]);
+    std::vector<float>   res(cells.size()*k->ne[0]);
+    for (size_t i = 0; i < cells.size(); ++i) {
+        float * out = res.data() + i*k->ne[0];
+        ggml_backend_tensor_get(k, row.data(), cells[i]*k->nb[1], row.size());
+        if (to_float) {
+            to_float(row.data(), out, k->ne[0]);
+        } else {
+            memcpy(out, row.data(), row.size());
+        }
+    }
+    return res;
 }
 
 bool llama_shiftkv::compute(const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set) {
@@ -695,21 +756,6 @@ bool llama_shiftkv::compute(const std::function<void(ggml_context *, ggml_cgraph
 // C API
 //
 
-llama_shiftkv_params llama_shiftkv_default_params(void) {
-    return {
-        /*.budget         =*/ 0,
-        /*.n_proxy        =*/ 512,
-        /*.n_group        =*/ 16,
-        /*.n_stat         =*/ 512,
-        /*.n_layer_repeat =*/ 2,
-        /*.n_repeat       =*/ 16,
-        /*.gamma          =*/ 10.0f,
-        /*.mass           =*/ 0.95f,
-        /*.seed           =*/ 0,
-        /*.keep_scores    =*/ false,
-    };
-}
-
 const char * llama_shiftkv_status_str(int32_t status) {
     switch (status) {
         case LLAMA_SHIFTKV_ERR_ARGUMENT:      return "a pointer is null or a parameter is out of range";
@@ -726,7 +772,7 @@ const char * llama_shiftkv_status_str(int32_t status) {
 }
 
 int32_t llama_shiftkv_capture(llama_context * ctx, llama_seq_id seq_id, uint32_t n_query) {
-    if (ctx == nullptr || seq_id < 0 || (uint32_t) seq_id >= ctx->n_seq_max() || n_query < 1 || n_query > 64) {
+    if (ctx == nullptr || seq_id < 0 || (uint32_t) seq_id >= ctx->n_seq_max() || n_query < 1 || n_query > SHIFTKV_QUERY_MAX) {
         return LLAMA_SHIFTKV_ERR_ARGUMENT;
     }
 
@@ -761,7 +807,17 @@ int32_t llama_shiftkv_select(llama_context * ctx, const llama_shiftkv_params * p
     if (!ctx->shiftkv || !ctx->shiftkv->capturing) {
         return LLAMA_SHIFTKV_ERR_NOT_CAPTURING;
     }
-    return ctx->shiftkv->select(*params);
+    return ctx->shiftkv->select(*params, nullptr, 0);
+}
+
+int32_t llama_shiftkv_select_scores(llama_context * ctx, const llama_shiftkv_params * params, const float * scores, size_t n_scores) {
+    if (ctx == nullptr || params == nullptr || scores == nullptr) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    if (!ctx->shiftkv || !ctx->shiftkv->capturing) {
+        return LLAMA_SHIFTKV_ERR_NOT_CAPTURING;
+    }
+    return ctx->shiftkv->select(*params, scores, n_scores);
 }
 
 int32_t llama_shiftkv_compact(llama_context * ctx, llama_context * ctx_dst, llama_seq_id seq_dst) {
@@ -789,8 +845,8 @@ int32_t llama_shiftkv_get_layers(llama_context * ctx, int32_t * out, size_t n_ou
     if (ctx == nullptr) {
         return LLAMA_SHIFTKV_ERR_ARGUMENT;
     }
-    if (!ctx->shiftkv || !ctx->shiftkv->selected) {
-        return LLAMA_SHIFTKV_ERR_NO_SELECTION;
+    if (!ctx->shiftkv || ctx->shiftkv->n_query == 0) { // 0: the capture was refused
+        return LLAMA_SHIFTKV_ERR_NOT_CAPTURING;
     }
     const auto & layers = ctx->shiftkv->layers;
     if (out) {
@@ -800,6 +856,23 @@ int32_t llama_shiftkv_get_layers(llama_context * ctx, int32_t * out, size_t n_ou
         std::transform(layers.begin(), layers.end(), out, [](const auto & l) { return l.il; });
     }
     return layers.size();
+}
+
+int32_t llama_shiftkv_get_shape(llama_context * ctx, int32_t il, int32_t * out) {
+    if (ctx == nullptr || out == nullptr) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    if (!ctx->shiftkv || ctx->shiftkv->n_query == 0) {
+        return LLAMA_SHIFTKV_ERR_NOT_CAPTURING;
+    }
+    const auto * l = ctx->shiftkv->find_layer(il);
+    if (l == nullptr) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    out[0] = l->n_head;
+    out[1] = l->n_head_kv;
+    out[2] = l->n_embd_head;
+    return LLAMA_SHIFTKV_OK;
 }
 
 // copy a row of what was selected for (il, kv_head)
@@ -862,34 +935,34 @@ int32_t llama_shiftkv_get_stats(llama_context * ctx, int32_t il, uint32_t n_stat
     return ctx->shiftkv->get_stats(*l, cells, n_stat, out[0], out[1]);
 }
 
+// copy rows of n_row numbers; returns how many
+static int32_t put_rows(const std::vector<float> & rows, int64_t n_row, float * out, size_t n_out) {
+    if (n_out < rows.size()) {
+        return LLAMA_SHIFTKV_ERR_NO_SPACE;
+    }
+    std::copy(rows.begin(), rows.end(), out);
+    return rows.size()/n_row;
+}
+
 int32_t llama_shiftkv_get_hidden(llama_context * ctx, int32_t il, float * out, size_t n_out) {
     const llama_shiftkv::layer * l;
     std::vector<uint32_t> cells;
     const int32_t status = get_captured(ctx, il, out, l, cells);
-    if (status != LLAMA_SHIFTKV_OK) {
-        return status;
-    }
-    if (n_out < (size_t) l->hidden->ne[0]) {
-        return LLAMA_SHIFTKV_ERR_NO_SPACE;
-    }
-    ggml_backend_tensor_get(l->hidden, out, 0, l->hidden->nb[1]);
-    return LLAMA_SHIFTKV_OK;
+    return status != LLAMA_SHIFTKV_OK ? status : put_rows(ctx->shiftkv->get_ring(l->hidden, cells), l->hidden->ne[0], out, n_out);
 }
 
 int32_t llama_shiftkv_get_queries(llama_context * ctx, int32_t il, float * out, size_t n_out) {
     const llama_shiftkv::layer * l;
     std::vector<uint32_t> cells;
     const int32_t status = get_captured(ctx, il, out, l, cells);
-    if (status != LLAMA_SHIFTKV_OK) {
-        return status;
-    }
-    std::vector<float> queries;
-    const int32_t n = ctx->shiftkv->get_queries(*l, cells, queries);
-    if (n_out < queries.size()) {
-        return LLAMA_SHIFTKV_ERR_NO_SPACE;
-    }
-    std::copy(queries.begin(), queries.end(), out);
-    return n;
+    return status != LLAMA_SHIFTKV_OK ? status : put_rows(ctx->shiftkv->get_ring(l->queries, cells), l->queries->ne[0], out, n_out);
+}
+
+int32_t llama_shiftkv_get_keys(llama_context * ctx, int32_t il, float * out, size_t n_out) {
+    const llama_shiftkv::layer * l;
+    std::vector<uint32_t> cells;
+    const int32_t status = get_captured(ctx, il, out, l, cells);
+    return status != LLAMA_SHIFTKV_OK ? status : put_rows(ctx->shiftkv->get_keys(*l, cells), l->n_head_kv*l->n_embd_head, out, n_out);
 }
 
 int64_t llama_shiftkv_cache_size(llama_context * ctx) {
