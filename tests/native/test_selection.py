@@ -9,12 +9,9 @@ from support import comparison, selection
 from support.cases import (
     ARCHITECTURES,
     FEW,
-    GEMMA3,
     HEAD_64,
     KV_TYPES,
-    QWEN2VL,
-    QWEN3VL,
-    SMALL_WINDOWS,
+    PROMPTS,
     VARIANTS,
     Case,
     Load,
@@ -23,22 +20,6 @@ from support.cases import (
 from support.gguf_random import Spec
 from support.native import GPU_LAYERS, Model, environment
 from support.reference import Settings
-
-PROMPTS = [
-    Case("flash-auto", flash=None),
-    Case("ubatch-64", n_ubatch=64),
-    Case("ubatch-7", n_ubatch=7, flash=True),
-    Case("last-ubatch-of-1", n_ubatch=64, n_prompt=129),
-    Case("short", n_prompt=3, budget=2),
-    Case("longer-than-n-stat", Spec(n_layer=3), Settings(n_proxy=128, n_stat=100), n_prompt=300),
-    Case("images", images=True),
-    Case("images-flash-ubatch", images=True, flash=True, n_ubatch=32),
-    Case("images-gemma3", GEMMA3, images=True),
-    Case("small-windows", GEMMA3, n_ubatch=32, n_prompt=400, context=SMALL_WINDOWS),
-    Case("images-qwen2vl", QWEN2VL, images=True),
-    Case("images-qwen3vl", QWEN3VL, images=True),
-    Case("images-qwen2vl-flash-ubatch", QWEN2VL, images=True, flash=True, n_ubatch=32),
-]
 
 PARAMETERS = [
     Case("groups-32", settings=Settings(n_group=32)),

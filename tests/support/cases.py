@@ -107,6 +107,23 @@ SMALL_WINDOWS: Mapping[str, Any] = {"swa_full": False}
 """Window layers with a cache of their own size, 256 cells for 32 tokens a time, which longer prompts wrap around in."""
 
 
+PROMPTS = [
+    Case("flash-auto", flash=None),
+    Case("ubatch-64", n_ubatch=64),
+    Case("ubatch-7", n_ubatch=7, flash=True),
+    Case("last-ubatch-of-1", n_ubatch=64, n_prompt=129),
+    Case("short", n_prompt=3, budget=2),
+    Case("longer-than-n-stat", Spec(n_layer=3), Settings(n_proxy=128, n_stat=100), n_prompt=300),
+    Case("images", images=True),
+    Case("images-flash-ubatch", images=True, flash=True, n_ubatch=32),
+    Case("images-gemma3", GEMMA3, images=True),
+    Case("small-windows", GEMMA3, n_ubatch=32, n_prompt=400, context=SMALL_WINDOWS),
+    Case("images-qwen2vl", QWEN2VL, images=True),
+    Case("images-qwen3vl", QWEN3VL, images=True),
+    Case("images-qwen2vl-flash-ubatch", QWEN2VL, images=True, flash=True, n_ubatch=32),
+]
+
+
 def open_context(model: Model, case: Case) -> Context:
     """An empty context with the case's options."""
     return Context(

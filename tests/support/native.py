@@ -317,6 +317,12 @@ class Context:
         assert c_get_layers(self.pointer, out.ctypes.data, n) == n
         return out.tolist()
 
+    def shape(self, layer: int) -> tuple[int, ...]:
+        """llama_shiftkv_get_shape()."""
+        out = np.empty(3, np.int32)
+        assert c_get_shape(self.pointer, layer, out.ctypes.data) == OK
+        return tuple(out.tolist())
+
     def kept(self, layer: int) -> Ints:
         """The kept prompt tokens of a layer, [n_head_kv, n_kept]."""
         n_kept = self.info().n_kept

@@ -75,7 +75,7 @@ def snapkv(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
         row[:, :n_seen] = seen[0]
         rows.append(row)
     scores = np.mean(rows, axis=0)
-    return scores, selection.EPSILON * scores + 2.0**-24
+    return scores, 2 * selection.EPSILON * scores + 2.0**-24
 
 
 def keydiff(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
@@ -92,7 +92,7 @@ def expected(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
     context, weights = view.context, view.context.model.weights
     keys, values = view.keys().astype(np.float64), view.values().astype(np.float64)
     n_head_kv, n_key, _ = keys.shape
-    n_sink = settings["n_sink"]
+    n_sink = min(settings["n_sink"], n_key - 1)
     hidden = context.hidden(view.layer)[-min(settings["n_window"], n_key - n_sink) :].astype(np.float64)
     positions = view.n_past + np.arange(settings["n_future"])
     queries = np.mean(
@@ -129,11 +129,14 @@ class Rule:
         return params(budget, self.method, keep_scores=True, **(dict(self.settings) | others))
 
 
+SNAPKV = Rule("snapkv", Method.SNAPKV, snapkv, 16, {"n_window": 16, "n_recent": 16})
+EXPECTED = Rule("expected", Method.EXPECTED, expected, 40, {"n_window": 40, "n_future": 100})
+
 RULES = [
     Rule("streaming", Method.STREAMING, streaming),
-    Rule("snapkv", Method.SNAPKV, snapkv, 16, {"n_window": 16, "n_recent": 16}),
+    SNAPKV,
     Rule("keydiff", Method.KEYDIFF, keydiff),
-    Rule("expected", Method.EXPECTED, expected, 40, {"n_window": 40, "n_future": 100}),
+    EXPECTED,
     Rule("random", Method.RANDOM, chance, settings={"seed": 7}),
 ]
 
