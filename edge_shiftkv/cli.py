@@ -56,6 +56,11 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--kv-budget", type=int, metavar="N", help="KV pairs kept of the prompt per layer and KV head (default: all)"
     )
     parser.add_argument(
+        "--kv-method",
+        metavar="NAME",
+        help="how: shiftkv (default), paper, streamingllm, snapkv, keydiff, expected-attention, random",
+    )
+    parser.add_argument(
         "-c", "--n-ctx", type=int, metavar="N", help="prompt and answer together (default: the model's)"
     )
     parser.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")

@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.mmproj,
         kv_budget=arguments.kv_budget,
+        kv_method=arguments.kv_method,
         n_ctx=arguments.n_ctx,
         type_k=arguments.type_k,
         type_v=arguments.type_v,

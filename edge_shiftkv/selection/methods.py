@@ -40,6 +40,15 @@ class ShiftKV:
     mass: share of a group's attention mass that the keys it votes for hold together, in (0, 1].
     seed: of the draws; the same prompt and seed keep the same pairs.
 
+    What the paper does not have; the defaults change nothing:
+
+    n_sink: first tokens of the prompt that are always kept.
+    n_recent: last tokens of the prompt that are always kept; the paper keeps one.
+    observed: share of the budget, in [0, 1), that goes to the best keys by the attention of the last real queries; the
+        proxies' votes decide about the rest.
+    window: how many real queries that are, at most 512.
+    kernel: neighbouring keys that scores of both kinds are averaged over, an odd number, at most 63.
+
     Raises PromptError when a value is out of its range.
     """
 
@@ -51,6 +60,11 @@ class ShiftKV:
     n_repeat: int = 16
     mass: float = 0.95
     seed: int = 0
+    n_sink: int = 0
+    n_recent: int = 1
+    observed: float = 0.0
+    window: int = 32
+    kernel: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
@@ -63,12 +77,18 @@ class ShiftKV:
             raise PromptError(f"n_proxy is {self.n_proxy}: it has to be {multiple} and at most {shiftkv.MAX_PROXY}")
         if min(self.n_stat, self.n_repeat) < 1 or self.n_layer_repeat < 0:
             raise PromptError("n_stat and n_repeat have to be >= 1, n_layer_repeat >= 0")
+        if not 0 <= self.observed < 1:
+            raise PromptError(f"observed is {self.observed}: it has to be in [0, 1)")
+        _check_at_least(0, n_sink=self.n_sink)
+        _check_at_least(1, n_recent=self.n_recent)
+        _check_window(self.window)
+        _check_kernel(self.kernel)
         _check_seed(self.seed)
 
     @property
     def n_query(self) -> int:
-        """See `Method`: the last prompt query."""
-        return 1
+        """See `Method`: the last prompt query, or the window."""
+        return self.window if self.observed else 1
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
@@ -83,6 +103,11 @@ class ShiftKV:
             gamma=self.gamma,
             mass=self.mass,
             seed=self.seed,
+            n_sink=self.n_sink,
+            n_recent=self.n_recent,
+            observed=self.observed,
+            n_window=self.window,
+            n_pool=self.kernel,
         )
 
 
@@ -229,7 +254,17 @@ class Random:
 METHODS: dict[str, Callable[[], Method]] = {
     "shiftkv": ShiftKV,
     "paper": lambda: ShiftKV(
-        gamma=10.0, n_proxy=512, n_group=None, n_stat=512, n_layer_repeat=2, n_repeat=16, mass=0.95
+        gamma=10.0,
+        n_proxy=512,
+        n_group=None,
+        n_stat=512,
+        n_layer_repeat=2,
+        n_repeat=16,
+        mass=0.95,
+        n_sink=0,
+        n_recent=1,
+        observed=0.0,
+        kernel=1,
     ),
     "streamingllm": StreamingLLM,
     "snapkv": SnapKV,

@@ -356,3 +356,54 @@ def test_attention_of_what_is_read_is_snapkvs(load: Load) -> None:
             query = selection.rounded(context.queries(layer)[-1:], case.type_k)
             scores = reference.attention(query, context.keys(layer).swapaxes(0, 1), HEAD_64.d_head**-0.5)[0]
             np.testing.assert_allclose(context.scores(layer)[:, :-1], scores[:, :-1], rtol=selection.EPSILON, atol=1e-7)
+
+
+# What MM-ShiftKV has beyond its paper
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_sink": 4},
+        {"n_recent": 12},
+        {"n_pool": 5},
+        {"observed": 0.5},
+        {"observed": 0.26, "n_window": 40},
+        {"observed": 0.99, "n_sink": 4, "n_recent": 6},
+        {"observed": 0.5, "n_sink": 4, "n_recent": 6, "n_pool": 3},
+    ],
+    ids=str,
+)
+def test_options_beyond_the_paper(load: Load, options: dict[str, Any]) -> None:
+    """They combine the paper's scores, SnapKV's, and tokens that are always kept."""
+    budget, n_window = 40, options.get("n_window", 32)
+    with full_capture(load(Spec()), Case("")) as context:
+        plain = {"keep_scores": True, "n_proxy": 128}
+        scores = {}
+        for method, others in ((Method.SHIFTKV, {}), (Method.SNAPKV, {"n_window": n_window})):
+            assert context.select(params(budget, method, **plain, **others | {"n_recent": 1, "n_pool": 1})) == OK
+            scores[method] = np.array([context.scores(layer) for layer in context.layers()])
+        assert context.select(params(budget, **plain, **options)) == OK
+        for index, layer in enumerate(context.layers()):
+            for head, tokens in enumerate(context.kept(layer).tolist()):
+                proxies, observed = (
+                    smooth(scores[method][index, head], options.get("n_pool", 1), 150 - options.get("n_recent", 1))
+                    for method in (Method.SHIFTKV, Method.SNAPKV)
+                )
+                forced = [*range(options.get("n_sink", 0)), *range(150 - options.get("n_recent", 1), 150)]
+                chosen = list(forced)
+                n_observed = min(round(options.get("observed", 0) * budget), budget - len(forced))
+                for ranks, n in ((observed, n_observed), (proxies, budget - len(forced) - n_observed)):
+                    rest = [token for token in np.argsort(-ranks, kind="stable").tolist() if token not in chosen]
+                    chosen += rest[:n]
+                assert tokens == sorted(chosen), (layer, head)
+
+
+def smooth(scores: Array, kernel: int, n: int) -> Array:
+    """The first n scores averaged over their neighbours, in the library's order of additions."""
+    padded = np.pad(scores[:n], kernel // 2).astype(np.float32)
+    total = np.zeros(n, np.float32)
+    for shift in range(kernel):
+        total += padded[shift : shift + n]
+    return total / np.float32(kernel)

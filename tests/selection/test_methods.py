@@ -56,6 +56,9 @@ def test_every_parameter_reaches_the_library():
     proxies = {"n_proxy": 96, "n_group": 12, "n_stat": 7, "n_layer_repeat": 1, "n_repeat": 5}
     others = {"gamma": 3.0, "mass": 0.5, "seed": 9}
     assert changed(ShiftKV(**proxies, **others)) == ({"budget": 31, **proxies, **others}, 1)
+    mixed = {"n_sink": 4, "n_recent": 8, "observed": 0.5}
+    native = {"budget": 31, **mixed, "n_window": 20, "n_pool": 3}
+    assert changed(ShiftKV(**mixed, window=20, kernel=3)) == (native, 20)
     assert changed(StreamingLLM(n_sink=7)) == ({"budget": 31, "n_sink": 7}, 1)
     snapkv = {"budget": 31, "n_window": 20, "n_recent": 20, "n_pool": 7}
     assert changed(SnapKV(window=20, kernel=7)) == (snapkv, 20)
@@ -82,6 +85,13 @@ def test_every_parameter_reaches_the_library():
         (ShiftKV, {"n_layer_repeat": -1}),
         (ShiftKV, {"seed": -1}),
         (ShiftKV, {"seed": 1 << 32}),
+        (ShiftKV, {"n_sink": -1}),
+        (ShiftKV, {"n_recent": 0}),
+        (ShiftKV, {"observed": -0.1}),
+        (ShiftKV, {"observed": 1.0}),
+        (ShiftKV, {"observed": math.nan}),
+        (ShiftKV, {"window": 513}),
+        (ShiftKV, {"kernel": 2}),
         (StreamingLLM, {"n_sink": -1}),
         (SnapKV, {"window": 0}),
         (SnapKV, {"window": 513}),
