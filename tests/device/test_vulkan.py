@@ -16,8 +16,9 @@ TESTS = Path(__file__).resolve().parents[1]
 
 # A software device takes seconds for a case: of the tests marked `device`, those that reach every graph and layout.
 # Scores over quantized keys are left out: Vulkan quantizes the queries for them, which is coarser than the bounds.
+# Selection after a prefill with flash attention, too: Mesa 22.3 frees a buffer twice there, in a thread of its own.
 SELECTED = (
-    "test_first_layer or test_architectures or test_in_place or test_like_a_mask_per_head"
+    "test_first_layer or (test_architectures and not flash) or test_in_place or test_like_a_mask_per_head"
     " or (test_second_turn and not quantized)"
 )
 
@@ -47,7 +48,7 @@ def test_there_is_a_device(environment: dict[str, str]) -> None:
 
 
 def test_the_device_tests_pass_there(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "device", "-k", SELECTED, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "device", "-k", SELECTED, "-p", "no:cacheprovider"]
     command.append(str(TESTS / "native"))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[:4000]
