@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # Selection after a prefill with flash attention, too: Mesa 22.3 frees a buffer twice there, in a thread of its own.
 SELECTED = (
     "test_first_layer or (test_architectures and not flash) or test_in_place or test_like_a_mask_per_head"
-    " or (test_second_turn and not quantized)"
+    " or (test_second_turn and not quantized) or (test_many_selections and llama)"
 )
 
 COUNT_DEVICES = """

@@ -51,7 +51,7 @@ def check(model: Model, case: Case, rule: Rule, **settings: Any) -> None:
 @pytest.mark.parametrize("flash", [False, True], ids=["", "flash"])
 @every_rule
 @names(ARCHITECTURES)
-def test_architectures(load: Load, case: Case, rule: Rule, flash: bool) -> None:
+def test_every_architecture(load: Load, case: Case, rule: Rule, flash: bool) -> None:
     check(load(case.spec), replace(case, flash=flash), rule)
 
 
@@ -61,7 +61,6 @@ def test_variants(load: Load, case: Case, rule: Rule) -> None:
     check(load(case.spec), case, rule)
 
 
-@pytest.mark.device
 @every_rule
 @names(KV_TYPES)
 def test_kv_types(load: Load, case: Case, rule: Rule) -> None:
@@ -109,6 +108,15 @@ def test_budgets(load: Load, rule: Rule, budget: int) -> None:
 
 
 IN_CHUNKS = Spec(n_layer=1, n_embd=64, n_head=16, n_head_kv=2, d_head=16)
+
+
+def test_the_largest_graph(load: Load) -> None:
+    """The most positions, in numbers that halve badly, still fit the room that a small model's graphs have."""
+    with open_context(load(IN_CHUNKS), Case("", flash=True, context={"n_ctx": 5376})) as context:
+        assert context.capture(n_query=511) == OK
+        context.decode(text(5003), 0)
+        assert context.select(params(40, Method.EXPECTED, n_window=511, n_future=4095)) == OK
+        assert context.select(params(40, Method.KEYDIFF)) == OK
 
 
 @pytest.mark.parametrize("rule", [SNAPKV, EXPECTED], ids=lambda rule: rule.name)
@@ -274,7 +282,6 @@ def test_equal_and_infinite_scores_of_the_caller(load: Load) -> None:
         assert np.array_equal(kept(context), np.broadcast_to([*range(10), *range(100, 150)], (3, 2, 60)))
 
 
-@pytest.mark.device
 @names([Case("llama"), Case("gemma3", GEMMA3), Case("qwen2vl", QWEN2VL, images=True)])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "small"])
 def test_the_first_tokens_of_what_was_captured(load: Load, case: Case, in_place: bool) -> None:

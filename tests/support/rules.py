@@ -155,13 +155,8 @@ def always_kept(native: Any, n_prompt: int) -> tuple[int, int]:
     return min(native.n_sink, native.budget - n_recent), n_recent
 
 
-def problems(
-    native: Any, scores: Array, tolerance: Array, kept: Ints, kept_scores: Array, *, decided: float = 0.95
-) -> Iterator[str]:
-    """In which way the kept tokens [Hkv, C] and their scores [Hkv, T] contradict the reference's scores.
-
-    decided: the share of keys that the comparison has to say something about.
-    """
+def problems(native: Any, scores: Array, tolerance: Array, kept: Ints, kept_scores: Array) -> Iterator[str]:
+    """In which way the kept tokens [Hkv, C] and their scores [Hkv, T] contradict the reference's scores."""
     n_head_kv, n_prompt = scores.shape
     n_sink, n_recent = always_kept(native, n_prompt)
     n = n_prompt - n_recent
@@ -186,7 +181,8 @@ def problems(
     ):
         if wrong.any():
             yield f"{name}: head, token - {n_sink}: {np.argwhere(wrong).tolist()}"
-    if 1 - comparison.undecided(limits, rest) < decided:
+    # Within a device's wide bounds more may change places.
+    if not GPU_LAYERS and comparison.undecided(limits, rest) > 0.05:
         yield "the comparison decides about too few keys"
 
 
