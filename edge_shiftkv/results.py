@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edge_shiftkv.selection.results import Selection
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class DraftFigures:
+    """What a draft model did for an answer.
+
+    rounds: passes of the target after the prompt; plain_rounds of them had no draft, as it would not have paid.
+    drafted: the target's tokens that were proposed; accepted of them became part of the answer.
+    tokens_per_pass: tokens of the answer per round; None without rounds.
+    draft_s: seconds in the draft model.
+    align_s: seconds to carry text from vocabulary to vocabulary, and to align tokens.
+    verify_s: seconds in the target's passes and in drawing tokens.
+    """
+
+    rounds: int
+    plain_rounds: int
+    drafted: int
+    accepted: int
+    tokens_per_pass: float | None
+    draft_s: float
+    align_s: float
+    verify_s: float
 
 
 @dataclass(frozen=True)
@@ -24,6 +46,7 @@ class Figures:
     selection_s: seconds to select KV pairs and hand them over; 0 where nothing was cut.
     decode_s: seconds to decode all tokens after the first.
     tokens_per_second: of decode_s; None for an answer of one token.
+    draft: what the draft model did; None without one.
     """
 
     prompt_tokens: int
@@ -38,8 +61,9 @@ class Figures:
     selection_s: float
     decode_s: float
     tokens_per_second: float | None
+    draft: DraftFigures | None = None
 
-    def as_dict(self) -> dict[str, int | float | None]:
+    def as_dict(self) -> dict[str, Any]:
         """The figures by name, for JSON."""
         return asdict(self)
 

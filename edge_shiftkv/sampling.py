@@ -13,14 +13,14 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
 from edge_shiftkv.errors import PromptError, ShiftKVError
-from edge_shiftkv.native.llama import Context, Model
+from edge_shiftkv.native.llama import Model
 
 _MAX_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED, which means none
 _PENALTY_WINDOW = 64  # llama.cpp's default
@@ -75,6 +75,12 @@ class Sampling:
                 raise PromptError(f"{name} is {value}: it has to be a finite number (0 is off)")
         if any(math.isnan(bias) or bias == math.inf for bias in (self.logit_bias or {}).values()):
             raise PromptError("a logit_bias is not a number: use finite ones, or -inf to ban a token")
+
+    def check(self, n_vocab: int) -> None:
+        """Raise PromptError for a bias on what is none of a vocabulary's `n_vocab` tokens."""
+        for token in self.logit_bias or ():
+            if not isinstance(token, int) or not 0 <= token < n_vocab:
+                raise PromptError(f"logit_bias for token {token!r}: the model's tokens are 0 to {n_vocab - 1}")
 
     @property
     def penalizes(self) -> bool:
@@ -152,13 +158,19 @@ def _gumbel(u: Floats) -> Floats:
     return gumbel
 
 
+class Outputs(Protocol):
+    """Where logits are: a `Context` after `decode`."""
+
+    def logits(self, output: int = -1) -> npt.NDArray[np.float32]:
+        """The logits, [n_vocab], by output counted from the last one backwards: -1, -2, ..."""
+        ...
+
+
 class Sampler:
     """Draws the tokens of one answer, in their order.
 
     noise: what it draws with.
     n_drawn: tokens of the answer so far.
-
-    Raises PromptError for a bias on a token that the vocabulary does not have.
     """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
@@ -166,13 +178,9 @@ class Sampler:
         self.noise = Noise(sampling.seed)
         self.n_drawn = 0
         self._n_vocab = model.n_vocab
-        biases: Counter[int] = Counter()
-        biases.update(sampling.logit_bias or {})
-        biases.update(dict.fromkeys(model.suppressed_tokens, -math.inf))
-        if wrong := [token for token in biases if not 0 <= token < model.n_vocab]:
-            raise PromptError(f"logit_bias for token {wrong[0]}: the model's tokens are 0 to {model.n_vocab - 1}")
-        self._biased = np.array(list(biases), np.int64)
-        self._biases = np.array(list(biases.values()), np.float32)
+        biases = {**(sampling.logit_bias or {}), **dict.fromkeys(model.suppressed_tokens, -math.inf)}
+        self._biased = np.array([*biases], np.int64)
+        self._biases = np.array([*biases.values()], np.float32)
         self._recent: deque[int] = deque(maxlen=_PENALTY_WINDOW)
         self._filters = _Filters(model.n_vocab, sampling) if sampling.temperature > 0 else None
 
@@ -182,9 +190,9 @@ class Sampler:
         if self._filters:
             self._filters.close()
 
-    def sample(self, context: Context, output: int = -1) -> int:
+    def sample(self, outputs: Outputs, output: int = -1) -> int:
         """Draw the answer's next token from one of the logits of the last `decode`."""
-        logits = context.logits(output)
+        logits = outputs.logits(output)
         if self._filters is None:
             token = int(np.argmax(self._adjusted(logits)))
         else:

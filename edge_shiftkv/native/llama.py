@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,15 +23,16 @@ ATTR_LSTRIP, ATTR_RSTRIP = 1 << 7, 1 << 8
 
 
 class Model:
-    """The weights and the vocabulary of one GGUF file.
+    """The weights and the vocabulary of one GGUF file, or its vocabulary only.
 
     Raises ModelError when the file is missing, is not a GGUF file or cannot be loaded.
     """
 
-    def __init__(self, path: Path, n_gpu_layers: int) -> None:
+    def __init__(self, path: Path, n_gpu_layers: int, *, vocab_only: bool = False) -> None:
         check_gguf(path)
         params = llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        params.vocab_only = vocab_only
         self._model: int | None = None
         with logs.native_call() as errors:
             self._model = llama.llama_model_load_from_file(str(path).encode(), params)
@@ -251,3 +253,10 @@ def check_gguf(path: Path) -> None:
         raise ModelError(f"{path}: {error.strerror or error}") from error
     if magic != b"GGUF":
         raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r})")
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
