@@ -1,0 +1,320 @@
+"""Which KV pairs to keep: the answers on what each method keeps, against those on the full cache.
+
+    python scripts/bench_quality.py run --suite demo --cases 100 --out demo.jsonl
+    python scripts/bench_quality.py run --suite text -m MODEL --tokens 500 1000 2000 --cases 12 --out text.jsonl
+    python scripts/bench_quality.py report demo.jsonl text.jsonl --csv quality.csv --plots docs/quality
+
+A prompt is decoded once; every method and budget then selects from the same cache and answers greedily on its own copy
+of what is kept. A method is a name, with settings where they are not its defaults: ``shiftkv:gamma=3,observed=0.5``.
+``full`` and ``oracle`` are always measured: the oracle ranks by the attention of the queries that the full cache's
+answer really asked, the most that a ranking by attention after prefill can know. A budget is a number of KV pairs, or
+a share of the prompt such as ``1/8``. `run` goes on where an output file ends. `report` prints Markdown tables: mean
+score in percent, 95 % interval (Wilson). Needs the ``bench`` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from quality_tasks import SUITES, Case, cases
+from tqdm import tqdm
+
+from edge_shiftkv.decoding import Prefill, prefill_batch
+from edge_shiftkv.native import shiftkv
+from edge_shiftkv.native.llama import Context, Model
+from edge_shiftkv.native.mtmd import Projector, TextChunk
+from edge_shiftkv.prompts.chat import ChatTemplate
+from edge_shiftkv.prompts.messages import Message
+from edge_shiftkv.prompts.prompt import Prompt
+from edge_shiftkv.selection.methods import Method, method
+
+DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
+METHODS = ("shiftkv", "snapkv", "keydiff", "expected-attention", "streamingllm", "random")
+BUDGETS = {"demo": "16 32 64 128 1/8 1/2", "text": "64 128 256 1/8 1/4 1/2"}
+BATCH = 64  # of a context that decodes: a second question is more than one token
+
+Row = dict[str, Any]
+
+
+class Asker:
+    """A model, and the contexts in which it answers."""
+
+    def __init__(self, model: Path, mmproj: Path | None, n_threads: int) -> None:
+        self._resources = ExitStack()
+        self.model = Model(model, n_gpu_layers=-1)
+        self._resources.callback(self.model.close)
+        self._projector: Projector | None = None
+        if mmproj:
+            self._projector = Projector(mmproj, self.model, use_gpu=False, n_threads=n_threads)
+            self._resources.callback(self._projector.close)
+        self._template = ChatTemplate(self.model)
+        self._n_threads = n_threads
+
+    def close(self) -> None:
+        """Free everything."""
+        self._resources.close()
+
+    def prompt(self, case: Case) -> Prompt:
+        """The tokens of the first question."""
+        return self._prompt([Message("user", (*case.images, case.prompt))])
+
+    def second(self, case: Case, first: Prompt) -> list[int]:
+        """The tokens that ask the second question after the first one's."""
+        messages = [
+            Message("user", (*case.images, case.prompt)),
+            Message("assistant", (case.first_answer,)),
+            Message("user", (case.second_prompt,)),
+        ]
+        with closing(self._prompt(messages)) as both:
+            before, after = first.chunks[-1], both.chunks[-1]
+        assert isinstance(before, TextChunk) and isinstance(after, TextChunk)
+        assert after.tokens[: len(before.tokens)] == before.tokens
+        return list(after.tokens[len(before.tokens) :])
+
+    def prefill(self, context: Context, prompt: Prompt) -> int:
+        """Decode the prompt; return the position after it."""
+        return Prefill(context, prompt, self._projector).position
+
+    def context(self, n_ctx: int, n_batch: int = BATCH) -> Context:
+        """An empty context."""
+        return Context(self.model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=self._n_threads)
+
+    def batch(self, prompt: Prompt) -> int:
+        """The batch size to decode a prompt with."""
+        return prefill_batch(prompt, self._projector)
+
+    def answer(self, context: Context, first: int | Sequence[int], position: int, limit: int) -> tuple[str, int]:
+        """Go on greedily after a token, or after tokens that ask again; return the text and the tokens decoded."""
+        tokens = [first] if isinstance(first, int) else []
+        for start in range(0, 0 if isinstance(first, int) else len(first), BATCH):
+            assert not isinstance(first, int)
+            part = first[start : start + BATCH]
+            context.decode(part, position)
+            position += len(part)
+        if not tokens:
+            tokens = [int(context.logits().argmax())]
+        n_decoded = 0
+        while not self.model.ends_generation(tokens[-1]) and len(tokens) < limit:
+            context.decode(tokens[-1:], position)
+            position += 1
+            n_decoded += 1
+            tokens.append(int(context.logits().argmax()))
+        if self.model.ends_generation(tokens[-1]):
+            tokens.pop()
+        return b"".join(map(self.model.piece, tokens)).decode(errors="replace").strip(), n_decoded
+
+    def _prompt(self, messages: Sequence[Message]) -> Prompt:
+        return Prompt(self._template.parts(messages), self.model, self._projector)
+
+
+def oracle(context: Context, n_prompt: int, n_decoded: int) -> dict[int, npt.NDArray[np.float32]]:
+    """Layer -> scores [n_head_kv, n_prompt]: the mean attention of the last `n_decoded` queries, those of an answer."""
+    result = {}
+    for layer in shiftkv.layers(context):
+        shape = shiftkv.shape(context, layer)
+        q = shiftkv.queries(context, layer)[-n_decoded:]
+        k = shiftkv.keys(context, layer)[: n_prompt + n_decoded]
+        grouped = q.reshape(len(q), shape.n_head_kv, -1, shape.n_embd_head).transpose(1, 2, 0, 3)
+        logits = grouped @ k.transpose(1, 2, 0)[:, None] / math.sqrt(shape.n_embd_head)
+        later = np.arange(len(k)) > n_prompt + n_decoded - len(q) + np.arange(len(q))[:, None]
+        weights = np.exp(np.where(later, -np.inf, logits - logits.max(-1, keepdims=True)))
+        weights /= weights.sum(-1, keepdims=True)
+        result[layer] = weights[..., :n_prompt].mean((1, 2))
+    return result
+
+
+def configured(text: str) -> Method:
+    """The method of a name, or of a name with settings."""
+    name, _, settings = text.partition(":")
+    found = method(name)
+    pairs = (setting.split("=") for setting in settings.split(",") if setting)
+    return replace(found, **{key: json.loads(value) for key, value in pairs})  # type: ignore[type-var]
+
+
+def budget_of(text: str, n_prompt: int) -> int:
+    """The KV pairs that a budget means for a prompt."""
+    return max(2, int(Fraction(text) * n_prompt)) if "/" in text else int(text)
+
+
+def ask(asker: Asker, suite: str, case: Case, methods: dict[str, Method], budgets: Sequence[str]) -> Iterator[Row]:
+    """All answers to one case."""
+    with closing(asker.prompt(case)) as prompt:
+        n_prompt = prompt.n_tokens
+        second = asker.second(case, prompt) if case.second_prompt else []
+        room = case.max_tokens + len(second) + 1
+        common = {"suite": suite, "task": case.task, "seed": case.seed, "n_prompt": n_prompt}
+        with closing(asker.context(n_prompt + room, asker.batch(prompt))) as large:
+            shiftkv.capture(large, shiftkv.MAX_QUERY)
+            position = asker.prefill(large, prompt)
+            begin: int | Sequence[int] = second or int(large.logits().argmax())
+
+            def on_kept(label: str, budget: str, n_budget: int, seconds: float) -> Row:
+                with closing(asker.context(n_budget + room)) as small:
+                    where = shiftkv.compact(large, small)
+                    text, _ = asker.answer(small, begin, where, case.max_tokens)
+                row = {"method": label, "budget": budget, "n_budget": n_budget, "select_s": seconds}
+                return {**common, **row, "score": case.score(text), "answer": text}
+
+            sizes = [(text, budget_of(text, n_prompt)) for text in budgets]
+            sizes = [(text, size) for text, size in sizes if size < n_prompt]
+            for label, chosen in methods.items():
+                for text, size in sizes:
+                    started = time.perf_counter()
+                    shiftkv.select(large, chosen.params(size, asker.model.architecture))
+                    yield on_kept(label, text, size, time.perf_counter() - started)
+            text, n_decoded = asker.answer(large, begin, position, case.max_tokens)
+            row = {"method": "full", "budget": "all", "n_budget": n_prompt, "select_s": 0.0}
+            yield {**common, **row, "score": case.score(text), "answer": text}
+            if not second and n_decoded:
+                ranking = oracle(large, n_prompt, n_decoded)
+                for text, size in sizes:
+                    params = shiftkv.default_params(shiftkv.Method.RANDOM)
+                    params.budget, params.n_prompt = size, n_prompt
+                    shiftkv.select_scores(large, params, ranking)
+                    yield on_kept("oracle", text, size, 0.0)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Ask what was not asked before, and append the answers to the file."""
+    kind = "demo" if args.suite.startswith("demo") else "text"
+    if not args.model and kind == "text":
+        raise SystemExit("a text suite needs a model: -m FILE.gguf")
+    methods = {text: configured(text) for text in args.methods}
+    done = {(row["suite"], row["task"], row["seed"]) for row in read([args.out])} if args.out.exists() else set()
+    model, mmproj = args.model or DEMO / "demo-text-q8_0.gguf", DEMO / "demo-mmproj-f16.gguf"
+    todo = list(cases(args.suite, args.cases, args.first_seed, args.tokens))
+    todo = [case for case in todo if (args.suite, case.task, case.seed) not in done]
+    with (
+        closing(Asker(model, mmproj if kind == "demo" else None, args.threads)) as asker,
+        args.out.open("a") as out,
+    ):
+        for case in tqdm(todo, unit="case"):
+            rows = list(ask(asker, args.suite, case, methods, args.budgets or BUDGETS[kind].split()))
+            out.writelines(json.dumps(row) + "\n" for row in rows)  # whole cases only: a file can be gone on with
+            out.flush()
+
+
+def read(paths: Iterable[Path]) -> Iterator[Row]:
+    """The rows of result files."""
+    for path in paths:
+        with path.open() as lines:
+            yield from map(json.loads, lines)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean score in [0, 1] with its 95 % interval."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> Mean:
+        """Wilson's interval; for scores between 0 and 1 it is wider than needed."""
+        n, p, z = len(scores), sum(scores) / len(scores), 1.96
+        centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return cls(n, p, (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n))
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
+
+
+def report(args: argparse.Namespace) -> None:
+    """Tables by suite and task, a CSV file and plots."""
+    groups: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    order: dict[str, float] = {}
+    for row in read(args.files):
+        tasks = {row["task"], "all tasks"} if not row["suite"].endswith("second") else {row["task"]}
+        for task in tasks:
+            groups[row["suite"], task][row["method"], row["budget"]].append(row["score"])
+        order[row["budget"]] = max(order.get(row["budget"], 0), row["n_budget"])
+    written: list[list[object]] = []
+    for (suite, task), scores in groups.items():
+        means = {key: Mean.of(values) for key, values in scores.items()}
+        budgets = sorted(
+            {budget for _, budget in means if budget != "all"}, key=lambda text: ("/" in text, order[text])
+        )
+        methods = list(dict.fromkeys(name for name, _ in means if name != "full"))
+        full = means["full", "all"]
+        print(f"\n**{suite}, {task}**: full cache {full}, n = {full.n}\n")
+        print("| method | " + " | ".join(budgets) + " |\n| --- " + "| ---: " * len(budgets) + "|")
+        for name in methods:
+            print(f"| {name} | " + " | ".join(str(means.get((name, budget), "")) for budget in budgets) + " |")
+        written += [[suite, task, *key, m.n, m.mean, m.low, m.high] for key, m in means.items()]
+        if args.plots:
+            plot(args.plots / f"{suite}-{task.replace(' ', '-')}.png", suite, task, means, methods, budgets)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["suite", "task", "method", "budget", "n", "mean", "low", "high"])
+            writer.writerows(written)
+
+
+def plot(
+    path: Path,
+    suite: str,
+    task: str,
+    means: dict[tuple[str, str], Mean],
+    methods: Sequence[str],
+    budgets: Sequence[str],
+) -> None:
+    """Score against budget in KV pairs, one line a method, between nothing and the full cache."""
+    from matplotlib.figure import Figure
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = [budget for budget in budgets if "/" not in budget]
+    for name in methods:
+        points = [(int(budget), means[name, budget]) for budget in numbers if (name, budget) in means]
+        style = "k--" if name == "oracle" else "o-"
+        axes.plot([x for x, _ in points], [100 * m.mean for _, m in points], style, label=name, markersize=4)
+    axes.axhline(100 * means["full", "all"].mean, color="black", linewidth=1, label="full cache")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(budget) for budget in numbers], numbers)
+    axes.set(xlabel="KV pairs per layer and KV head", ylabel="score, %", ylim=(0, 100), title=f"{suite}: {task}")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the KV selection methods on answers.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("run", help="ask, and append the answers to a file")
+    command.set_defaults(run=run)
+    command.add_argument("--suite", choices=SUITES, required=True)
+    command.add_argument("--out", type=Path, required=True, help="JSON lines")
+    command.add_argument("-m", "--model", type=Path, help="default: the shipped model, which has the demo suites")
+    command.add_argument("--cases", type=int, default=20, help="of each task (default 20)")
+    command.add_argument("--first-seed", type=int, default=0)
+    command.add_argument("--tokens", type=int, nargs="+", default=[1000], help="of the texts (default 1000)")
+    command.add_argument("--methods", nargs="+", default=list(METHODS))
+    command.add_argument("--budgets", nargs="+")
+    command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    command = commands.add_parser("report", help="tables and plots of result files")
+    command.set_defaults(run=report)
+    command.add_argument("files", type=Path, nargs="+")
+    command.add_argument("--csv", type=Path)
+    command.add_argument("--plots", type=Path, help="folder to write PNG files to")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
