@@ -34,6 +34,7 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.vocab_only = vocab_only
         self._model: int | None = None
+        self._pieces: dict[int, bytes] = {}
         with logs.native_call() as errors:
             self._model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
@@ -100,6 +101,16 @@ class Model:
         return self._token_text(llama.llama_vocab_eos(self._vocab))
 
     @cached_property
+    def eos(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        return self._end(llama.llama_vocab_eos(self._vocab))
+
+    @cached_property
+    def eot(self) -> int | None:
+        """The token that ends a turn of a conversation, if there is one."""
+        return self._end(llama.llama_vocab_eot(self._vocab))
+
+    @cached_property
     def control_tokens(self) -> dict[str, tuple[int, int]]:
         """Text -> (token, its attributes) of the tokens that only a template may write."""
         result = {}
@@ -134,17 +145,23 @@ class Model:
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; none for control tokens. They may end inside a character."""
+        known = self._pieces.get(token)
+        if known is not None:
+            return known
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
             n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
             if n >= 0:
-                return buffer.raw[:n]
+                return self._pieces.setdefault(token, buffer.raw[:n])
             size = -n
 
     def ends_generation(self, token: int) -> bool:
         """Whether a token says that the answer is complete."""
         return bool(llama.llama_vocab_is_eog(self._vocab, token))
+
+    def _end(self, token: int) -> int | None:
+        return token if token >= 0 and self.ends_generation(token) else None
 
     def _token_text(self, token: int) -> str:
         return llama.llama_vocab_get_text(self._vocab, token).decode(errors="replace") if token >= 0 else ""
