@@ -11,8 +11,18 @@ from edge_shiftkv.speculative.align import align
 
 BY_HAND = [
     ("one to one", ["The", " river", " runs"], ["The", " river", " runs"], [(0, 0), (1, 1), (2, 2)]),
-    ("one to many", ["The", " waterfall", "s"], ["The", " water", "fall", "s"], [(0, 0), (1, 1), (1, 2), (2, 3)]),
-    ("many to one", ["The", " water", "fall", "s"], ["The", " waterfall", "s"], [(0, 0), (1, 1), (2, 1), (3, 2)]),
+    (
+        "one to many",
+        ["Everything", " waterfall", " underneath"],
+        ["Everything", " water", "fall", " underneath"],
+        [(0, 0), (1, 1), (1, 2), (2, 3)],
+    ),
+    (
+        "many to one",
+        ["Everything", " water", "fall", " underneath"],
+        ["Everything", " waterfall", " underneath"],
+        [(0, 0), (1, 1), (2, 1), (3, 2)],
+    ),
     ("shifted space", ["x ", "= ", "1"], ["x", " =", " 1"], [(0, 0), (1, 1), (2, 2)]),
     ("one of each", ["a"], ["a"], [(0, 0)]),
 ]
@@ -60,7 +70,7 @@ def test_by_hand(a: list[str], b: list[str], path: list[tuple[int, int]]) -> Non
 
 
 def test_the_maps_are_the_path() -> None:
-    found = align([b"The", b" water", b"fall", b"s"], [b"The", b" waterfall", b"s"])
+    found = align([b"Everything", b" water", b"fall", b" underneath"], [b"Everything", b" waterfall", b" underneath"])
     assert found.draft_of(1) == [1, 2]
     assert found.target_of(2) == [1]
 
