@@ -2,13 +2,15 @@
 
     python scripts/bench_quality.py run --suite demo --cases 100 --out demo.jsonl
     python scripts/bench_quality.py run --suite text -m MODEL --tokens 500 1000 2000 --cases 12 --out text.jsonl
+    python scripts/bench_quality.py premise --suite demo --cases 20
     python scripts/bench_quality.py report demo.jsonl text.jsonl --csv quality.csv --plots docs/quality
 
 A prompt is decoded once; every method and budget then selects from the same cache and answers greedily on its own copy
 of what is kept. A method is a name, with settings where they are not its defaults: ``shiftkv:gamma=3,observed=0.5``.
 ``full`` and ``oracle`` are always measured: the oracle ranks by the attention of the queries that the full cache's
 answer really asked, the most that a ranking by attention after prefill can know. A budget is a number of KV pairs, or
-a share of the prompt such as ``1/8``. `run` goes on where an output file ends. `report` prints Markdown tables: mean
+a share of the prompt such as ``1/8``. `run` goes on where an output file ends. `premise` measures, layer by layer, how
+much wider hidden states and queries spread in the answer than in the prompt. `report` prints Markdown tables: mean
 score in percent, 95 % interval (Wilson). Needs the ``bench`` extra.
 """
 
@@ -188,20 +190,57 @@ def ask(asker: Asker, suite: str, case: Case, methods: dict[str, Method], budget
                     yield on_kept("oracle", text, size, 0.0)
 
 
+def spread(rows: npt.NDArray[np.float32]) -> float:
+    """The standard deviation around each component's mean, over all rows and components."""
+    return float(np.sqrt(rows.var(0).mean()))
+
+
+def premise(args: argparse.Namespace) -> None:
+    """Print the spread in the answer over that in the prompt: medians over the answers of 8 tokens or more."""
+    ratios: dict[int, list[tuple[float, ...]]] = defaultdict(list)
+    with closing(asker_of(args)) as asker:
+        for case in tqdm(list(cases(args.suite, args.cases, args.first_seed, args.tokens)), unit="case"):
+            with closing(asker.prompt(case)) as prompt, ExitStack() as resources:
+                context = asker.context(prompt.n_tokens + case.max_tokens, asker.batch(prompt))
+                resources.callback(context.close)
+                shiftkv.capture(context, shiftkv.MAX_QUERY)
+                position = asker.prefill(context, prompt)
+                _, n = asker.answer(context, int(context.logits().argmax()), position, case.max_tokens)
+                for layer in shiftkv.layers(context) if n >= 8 else ():
+                    h, q = shiftkv.hidden(context, layer), shiftkv.queries(context, layer)
+                    ratios[layer].append(
+                        (
+                            float(h[-n:].std() / h[:-n].std()),
+                            spread(h[-n:]) / spread(h[:-n]),
+                            spread(q[-n:]) / spread(q[:-n]),
+                        )
+                    )
+    n_cases = len(next(iter(ratios.values()), []))
+    print(f"Answer over prompt (its last {shiftkv.MAX_QUERY} tokens at most), medians of {n_cases} answers\n")
+    print(
+        "| layer | hidden, one scalar | hidden, by component | queries, by component |\n| ---: | ---: | ---: | ---: |"
+    )
+    for layer, rows in ratios.items():
+        print(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in np.median(rows, axis=0)) + " |")
+
+
+def asker_of(args: argparse.Namespace) -> Asker:
+    """The model that a suite is asked with."""
+    if args.suite.startswith("demo"):
+        return Asker(args.model or DEMO / "demo-text-q8_0.gguf", DEMO / "demo-mmproj-f16.gguf", args.threads)
+    if not args.model:
+        raise SystemExit("a text suite needs a model: -m FILE.gguf")
+    return Asker(args.model, None, args.threads)
+
+
 def run(args: argparse.Namespace) -> None:
     """Ask what was not asked before, and append the answers to the file."""
     kind = "demo" if args.suite.startswith("demo") else "text"
-    if not args.model and kind == "text":
-        raise SystemExit("a text suite needs a model: -m FILE.gguf")
     methods = {text: configured(text) for text in args.methods}
     done = {(row["suite"], row["task"], row["seed"]) for row in read([args.out])} if args.out.exists() else set()
-    model, mmproj = args.model or DEMO / "demo-text-q8_0.gguf", DEMO / "demo-mmproj-f16.gguf"
     todo = list(cases(args.suite, args.cases, args.first_seed, args.tokens))
     todo = [case for case in todo if (args.suite, case.task, case.seed) not in done]
-    with (
-        closing(Asker(model, mmproj if kind == "demo" else None, args.threads)) as asker,
-        args.out.open("a") as out,
-    ):
+    with closing(asker_of(args)) as asker, args.out.open("a") as out:
         for case in tqdm(todo, unit="case"):
             rows = list(ask(asker, args.suite, case, methods, args.budgets or BUDGETS[kind].split()))
             out.writelines(json.dumps(row) + "\n" for row in rows)  # whole cases only: a file can be gone on with
@@ -296,17 +335,22 @@ def plot(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the KV selection methods on answers.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("run", help="ask, and append the answers to a file")
-    command.set_defaults(run=run)
-    command.add_argument("--suite", choices=SUITES, required=True)
-    command.add_argument("--out", type=Path, required=True, help="JSON lines")
-    command.add_argument("-m", "--model", type=Path, help="default: the shipped model, which has the demo suites")
-    command.add_argument("--cases", type=int, default=20, help="of each task (default 20)")
-    command.add_argument("--first-seed", type=int, default=0)
-    command.add_argument("--tokens", type=int, nargs="+", default=[1000], help="of the texts (default 1000)")
-    command.add_argument("--methods", nargs="+", default=list(METHODS))
-    command.add_argument("--budgets", nargs="+")
-    command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    for name, function, what in (
+        ("run", run, "ask, and append the answers to a file"),
+        ("premise", premise, "measure how queries and hidden states spread"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.set_defaults(run=function)
+        command.add_argument("--suite", choices=SUITES, required=True)
+        command.add_argument("-m", "--model", type=Path, help="default: the shipped model, which has the demo suites")
+        command.add_argument("--cases", type=int, default=20, help="of each task (default 20)")
+        command.add_argument("--first-seed", type=int, default=0)
+        command.add_argument("--tokens", type=int, nargs="+", default=[1000], help="of the texts (default 1000)")
+        command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+        if name == "run":
+            command.add_argument("--out", type=Path, required=True, help="JSON lines")
+            command.add_argument("--methods", nargs="+", default=list(METHODS))
+            command.add_argument("--budgets", nargs="+")
     command = commands.add_parser("report", help="tables and plots of result files")
     command.set_defaults(run=report)
     command.add_argument("files", type=Path, nargs="+")

@@ -47,7 +47,8 @@ class ShiftKV:
     observed: share of the budget, in [0, 1), that goes to the best keys by the attention of the last real queries; the
         proxies' votes decide about the rest.
     window: how many real queries that are, at most 512.
-    kernel: neighbouring keys that scores of both kinds are averaged over, an odd number, at most 63.
+    kernel: neighbouring keys that the scores are averaged over, an odd number, at most 63; where `observed` > 0 those
+        by the real queries only.
 
     Raises PromptError when a value is out of its range.
     """

@@ -394,8 +394,10 @@ def test_options_beyond_the_paper(load: Load, options: dict[str, Any]) -> None:
         assert context.select(params(budget, **plain, **options)) == OK
         for index, layer in enumerate(context.layers()):
             for head, tokens in enumerate(context.kept(layer).tolist()):
+                pools = {Method.SNAPKV: options.get("n_pool", 1)}
+                pools[Method.SHIFTKV] = 1 if "observed" in options else pools[Method.SNAPKV]
                 proxies, observed = (
-                    smooth(scores[method][index, head], options.get("n_pool", 1), 150 - options.get("n_recent", 1))
+                    smooth(scores[method][index, head], pools[method], 150 - options.get("n_recent", 1))
                     for method in (Method.SHIFTKV, Method.SNAPKV)
                 )
                 forced = [*range(options.get("n_sink", 0)), *range(150 - options.get("n_recent", 1), 150)]

@@ -79,7 +79,7 @@ struct llama_shiftkv_params {
     uint32_t n_prompt;       // rank only the first so many captured tokens, 0: all; then only by methods that look at no queries
     uint32_t n_sink;         // first tokens that are always kept, as far as the budget goes after n_recent
     uint32_t n_recent;       // last tokens that are always kept (>= 1)
-    uint32_t n_pool;         // neighbouring keys that scores are averaged over (odd, 1 .. 63)
+    uint32_t n_pool;         // neighbouring keys that scores are averaged over (odd, 1 .. 63); if observed > 0 only SnapKV's
 
     // of SnapKV, Expected Attention, and of MM-ShiftKV if observed > 0
     uint32_t n_window;       // last queries looked at (1 .. those captured)

@@ -508,8 +508,7 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
             std::copy(res.begin(), res.end(), row);
         }
     };
-    pool(ranks);
-    pool(observed);
+    pool(observed.empty() ? ranks : observed);
 
     sel.kept[i_layer].resize(n_head_kv);
     for (size_t h = 0; h < n_head_kv; ++h) {
