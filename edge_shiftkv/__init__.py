@@ -8,16 +8,21 @@ Raises ImportError when the llama-cpp-python installed is not the patched one; `
 """
 
 from edge_shiftkv.errors import ImageError, ModelError, PromptError, ShiftKVError
-from edge_shiftkv.results import Completion, Figures
+from edge_shiftkv.results import Completion, DraftFigures, Figures
 from edge_shiftkv.runtime import Runtime, Stream
 from edge_shiftkv.selection import ImageSpan, Selection, ShiftKV
 from edge_shiftkv.selection.heatmap import heatmap
+from edge_shiftkv.speculative.draft import DraftOptions
+from edge_shiftkv.speculative.llama_draft import LlamaDraft
 
 __all__ = [
     "Completion",
+    "DraftFigures",
+    "DraftOptions",
     "Figures",
     "ImageError",
     "ImageSpan",
+    "LlamaDraft",
     "ModelError",
     "PromptError",
     "Runtime",

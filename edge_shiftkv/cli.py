@@ -71,11 +71,20 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--seed", type=int, metavar="N", help="of the draws at a temperature (default: another each time)"
     )
+    parser.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="default: 1.0, which is off")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
     parser.add_argument("--type-k", default="f16", metavar="TYPE", help="how keys are stored: f16 (default), q8_0, ...")
     parser.add_argument("--type-v", default="f16", metavar="TYPE", help="how values are stored")
     parser.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (default: all)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--draft", metavar="GGUF", help="a smaller model of any vocabulary that drafts the answer")
+    parser.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="tokens drafted in each round (default: as many as pay)"
+    )
+    parser.add_argument("--draft-rule", metavar="RULE", help="at a temperature: coupled (default) or tokentiming")
+    parser.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
     parser.add_argument("--allow-http", action="store_true", help="fetch pictures from http(s) addresses")
     parser.add_argument("--stats", action="store_true", help="print figures to stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")

@@ -15,9 +15,10 @@ from PIL import Image
 from edge_shiftkv._paths import models_dir
 from edge_shiftkv.errors import ShiftKVError
 from edge_shiftkv.prompts.images import load_image
-from edge_shiftkv.results import Completion, Figures
+from edge_shiftkv.results import Completion, DraftFigures, Figures
 from edge_shiftkv.runtime import Options, Runtime
 from edge_shiftkv.selection.heatmap import heatmap
+from edge_shiftkv.speculative.draft import DraftOptions
 
 _LABEL_WIDTH = 16
 
@@ -32,6 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         min_p=arguments.min_p,
         seed=arguments.seed,
+        repeat_penalty=arguments.repeat_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
         stop=arguments.stop,
     )
     runtime = Runtime(
@@ -44,6 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
         type_v=arguments.type_v,
         n_gpu_layers=arguments.gpu_layers,
         n_threads=arguments.threads,
+        draft=arguments.draft,
+        draft_options=DraftOptions(
+            n_draft=arguments.draft_tokens, rule=arguments.draft_rule, mmproj=arguments.draft_mmproj
+        ),
     )
     with runtime, runtime.stream(arguments.prompt, images, raw=arguments.raw, **options) as stream:
         for text in stream:
@@ -97,7 +105,7 @@ def _save_heatmap(answer: Completion, images: list[Image.Image], path: Path) -> 
 def _rows(figures: Figures) -> list[tuple[str, str]]:
     """The figures as (label, text)."""
     rate = "" if figures.tokens_per_second is None else f"{figures.tokens_per_second:.1f} tokens/s"
-    return [
+    rows = [
         ("prompt", f"{figures.prompt_tokens} tokens, {figures.image_tokens} visual"),
         ("kept", f"{figures.kept_tokens} per layer and KV head"),
         ("KV cache", f"{_mib(figures.kv_bytes_prompt)} -> {_mib(figures.kv_bytes_kept)}"),
@@ -106,6 +114,18 @@ def _rows(figures: Figures) -> list[tuple[str, str]]:
         ("selection", f"{figures.selection_s:.3f} s"),
         ("decode", f"{figures.decode_s:.3f} s, {figures.generated_tokens} tokens"),
         ("rate", rate),
+    ]
+    return rows + _draft_rows(figures.draft) if figures.draft else rows
+
+
+def _draft_rows(figures: DraftFigures) -> list[tuple[str, str]]:
+    per_pass = "" if figures.tokens_per_pass is None else f", {figures.tokens_per_pass:.2f} tokens each"
+    return [
+        ("rounds", f"{figures.rounds}, {figures.plain_rounds} of them without a draft{per_pass}"),
+        ("drafted", f"{figures.drafted} tokens, {figures.accepted} accepted"),
+        ("draft", f"{figures.draft_s:.3f} s"),
+        ("align", f"{figures.align_s:.3f} s"),
+        ("verify", f"{figures.verify_s:.3f} s"),
     ]
 
 

@@ -17,9 +17,10 @@ from edge_shiftkv import openai
 from edge_shiftkv.decoding import Decoder, KeptContext, Prefill, prefill_batch
 from edge_shiftkv.errors import PromptError, ShiftKVError
 from edge_shiftkv.native import shiftkv
-from edge_shiftkv.native.llama import KV_TYPES, Context, Model
+from edge_shiftkv.native.llama import KV_TYPES, Context, Model, usable_cpus
 from edge_shiftkv.native.mtmd import Projector
-from edge_shiftkv.prompts.chat import ChatTemplate, Part
+from edge_shiftkv.prompts.chat import ChatTemplate
+from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message, parse_messages
 from edge_shiftkv.prompts.prompt import Prompt
@@ -27,12 +28,12 @@ from edge_shiftkv.results import Completion, Figures, FinishReason
 from edge_shiftkv.sampling import Sampler, Sampling
 from edge_shiftkv.selection.methods import Method, ShiftKV, method
 from edge_shiftkv.selection.results import Selection
+from edge_shiftkv.speculative.draft import DraftOptions
+from edge_shiftkv.speculative.loop import Drafting, SpeculativeDecoder
 from edge_shiftkv.text import TextAssembler
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-_DECODE_BATCH = 1
 
 
 class Options(TypedDict, total=False):
@@ -48,6 +49,10 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     seed: int | None
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
     stop: str | Sequence[str] | None
 
 
@@ -156,9 +161,11 @@ class Runtime:
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
     n_threads: CPU threads; None takes all this process may use.
     allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses.
+    draft: path of the GGUF file of a model that drafts for this one, with any vocabulary (speculative decoding).
+    draft_options: how it is used.
 
-    Raises ModelError when a file is missing, is not what it should be, or the two do not fit; ShiftKVError for a
-    setting out of its range.
+    Raises ModelError when a file is missing, is not what it should be, or two do not fit; ShiftKVError for a setting
+    out of its range.
     """
 
     def __init__(
@@ -174,6 +181,8 @@ class Runtime:
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
         allow_http: bool = False,
+        draft: str | os.PathLike[str] | None = None,
+        draft_options: DraftOptions | None = None,
     ) -> None:
         self.kv_budget = kv_budget
         self.kv_method = kv_method
@@ -184,7 +193,7 @@ class Runtime:
             raise ShiftKVError(f"n_ctx is {n_ctx}: it has to be >= 1, or None for the model's own")
         if n_threads is not None and n_threads < 1:
             raise ShiftKVError(f"n_threads is {n_threads}: it has to be >= 1, or None for all")
-        n_threads = n_threads or _usable_cpus()
+        n_threads = n_threads or usable_cpus()
         self._path = Path(model)
         self._allow_http = allow_http
         self._turn = _Turn()
@@ -197,8 +206,23 @@ class Runtime:
                 self._projector = Projector(Path(mmproj), self._model, use_gpu=n_gpu_layers != 0, n_threads=n_threads)
                 resources.callback(self._projector.close)
             self._template = ChatTemplate(self._model)
+            self._drafting: Drafting | None = None
+            if draft is not None:
+                self._drafting = Drafting(
+                    Path(draft), self._model, draft_options, n_gpu_layers=n_gpu_layers, n_threads=n_threads
+                )
+                resources.callback(self._drafting.close)
+            # Tokens that are decoded at once, after the prompt.
+            self._n_decode = self._drafting.n_pass if self._drafting else 1
             # Nothing below may refer to self, which would keep it alive.
-            self._new_context = partial(Context, self._model, type_k=type_k, type_v=type_v, n_threads=n_threads)
+            self._new_context = partial(
+                Context,
+                self._model,
+                type_k=type_k,
+                type_v=type_v,
+                n_threads=n_threads,
+                n_outputs=self._n_decode,
+            )
             self._kept = KeptContext(self._new_context)
             resources.callback(self._kept.close)
             # Also when it is dropped without close(), and at the interpreter's exit.
@@ -264,10 +288,8 @@ class Runtime:
         if not prompt.strip() and not images:
             raise PromptError("the prompt is empty")
         pictures = [load_image(image, allow_http=self._allow_http) for image in images]
-        if raw:
-            return self._stream(self._template.raw(pictures, prompt), options)
         text = (prompt,) if prompt else ()
-        return self._stream(self._template.parts([Message("user", (*pictures, *text))]), options)
+        return self._stream(Conversation([Message("user", (*pictures, *text))], raw), options)
 
     @overload
     def create_chat_completion(
@@ -289,19 +311,21 @@ class Runtime:
 
         Raises what `generate` raises, and PromptError for messages that are not in the schema.
         """
-        conversation = parse_messages(messages, allow_http=self._allow_http)
-        answer = self._stream(self._template.parts(conversation), options)
+        conversation = Conversation(parse_messages(messages, allow_http=self._allow_http))
+        answer = self._stream(conversation, options)
         if stream:
             return openai.chunks(answer, model=str(self._path))
         for _ in answer:
             pass
         return openai.completion(answer.completion, model=str(self._path))
 
-    def _stream(self, parts: Sequence[Part], options: Options) -> Stream:
+    def _stream(self, conversation: Conversation, options: Options) -> Stream:
+        parts = conversation.parts(self._template)
         request = _Request.of(**options)
         with self._turn.taken():
             if not self._free.alive:
                 raise ShiftKVError("the runtime is closed")
+            request.sampling.check(self._model.n_vocab)
             prompt = Prompt(parts, self._model, self._projector)
             if prompt.n_tokens >= self.n_ctx:
                 prompt.close()
@@ -310,7 +334,7 @@ class Runtime:
                     f"room for an answer: n_ctx is {self.n_ctx}; shorten the prompt or raise n_ctx"
                 )
             self._end_active()
-            stream = Stream(self._answer(prompt, request, self.kv_budget), self._turn)
+            stream = Stream(self._answer(prompt, conversation, request, self.kv_budget), self._turn)
             self._active = weakref.ref(stream)
         return stream
 
@@ -320,14 +344,23 @@ class Runtime:
             active._supersede()
         self._active = None
 
-    def _answer(self, prompt: Prompt, request: _Request, budget: int | None) -> Generator[str, None, Completion]:
+    def _answer(
+        self, prompt: Prompt, conversation: Conversation, request: _Request, budget: int | None
+    ) -> Generator[str, None, Completion]:
         room = self.n_ctx - prompt.n_tokens
         if request.max_tokens is not None:
             room = min(room, request.max_tokens)
-        with closing(prompt), closing(Sampler(self._model, request.sampling)) as sampler:
+        with closing(prompt), closing(Sampler(self._model, request.sampling)) as sampler, ExitStack() as ends:
             begun = self._begin(prompt, sampler, room, budget)
             prompt.close()  # its pictures are not needed any more
-            decoder = Decoder(begun.context, sampler, begun.position)
+            decoder: Decoder | SpeculativeDecoder
+            if self._drafting:
+                ends.callback(self._drafting.end)
+                decoder = self._drafting.decoder(
+                    begun.context, sampler, begun.position, conversation=conversation, prompt=prompt, room=room
+                )
+            else:
+                decoder = Decoder(begun.context, sampler, begun.position)
             assembler = TextAssembler(request.stop)
             token, n_tokens, pieces = begun.token, 0, []
             finish_reason: FinishReason = "stop"
@@ -350,6 +383,7 @@ class Runtime:
             generated_tokens=n_tokens,
             decode_s=decoder.seconds,
             tokens_per_second=decoder.steps / decoder.seconds if decoder.steps else None,
+            draft=decoder.figures if isinstance(decoder, SpeculativeDecoder) else None,
         )
         return Completion("".join(pieces), finish_reason, figures, begun.selection)
 
@@ -376,7 +410,7 @@ class Runtime:
             shiftkv.select(large, kv_method.params(budget, self._model.architecture))
             # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
             n_ctx = max(budget, min(self._model.window, prompt.n_tokens)) + room
-            context = self._kept.get(n_ctx, _DECODE_BATCH)
+            context = self._kept.get(n_ctx, self._n_decode)
             position = shiftkv.compact(large, context)
             selection = Selection(shiftkv.kept(large), prompt.n_tokens, prompt.image_spans)
             info = shiftkv.info(large)
@@ -416,9 +450,3 @@ class _Begun:
     token: int
     figures: Figures
     selection: Selection | None
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

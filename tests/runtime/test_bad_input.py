@@ -91,6 +91,12 @@ def test_a_chat_template_that_is_no_template(tmp_path):
         ({"top_p": 0}, "top_p is 0"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"seed": -1}, "seed is -1"),
+        ({"repeat_penalty": 0}, "repeat_penalty is 0"),
+        ({"presence_penalty": math.inf}, "presence_penalty is inf"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
+        ({"logit_bias": {0: math.nan}}, "a logit_bias is not a number"),
+        ({"logit_bias": {10**6: 1.0}}, "logit_bias for token 1000000"),
+        ({"logit_bias": {"7": 1.0}}, "logit_bias for token '7'"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
     ],
 )
@@ -101,8 +107,8 @@ def test_options_out_of_range(runtime, options, message):
 
 
 def test_an_option_that_there_is_not(runtime):
-    with pytest.raises(TypeError, match="unknown option 'repeat_penalty': there are max_tokens, temperature"):
-        runtime.create_chat_completion([{"role": "user", "content": "x"}], repeat_penalty=1.1)
+    with pytest.raises(TypeError, match="unknown option 'mirostat': there are max_tokens, temperature"):
+        runtime.create_chat_completion([{"role": "user", "content": "x"}], mirostat=2)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])

@@ -12,7 +12,7 @@ PROMPT = "What is on the picture? " * 3
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr("edge_shiftkv.runtime._usable_cpus", lambda: 1)
+    monkeypatch.setattr("edge_shiftkv.runtime.usable_cpus", lambda: 1)
 
 
 @pytest.fixture

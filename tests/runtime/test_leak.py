@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from edge_shiftkv import PromptError, Runtime
+from edge_shiftkv.speculative.draft import DraftOptions
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 PROMPT = "What is on the picture? " * 3
@@ -61,3 +62,26 @@ def test_opening_and_closing_does_not_leak(tiny):
             runtime.generate(PROMPT, [tiny.picture], max_tokens=2)
 
     assert_bounded(open_and_close, 100)
+
+
+def with_draft(tiny):
+    options = DraftOptions(4, mmproj=tiny.mmproj)
+    return Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=24, draft=tiny.text, draft_options=options)
+
+
+def test_drafts_do_not_leak(tiny):
+    with with_draft(tiny) as runtime:
+
+        def request():
+            runtime.generate(PROMPT, [tiny.picture], max_tokens=8, temperature=1.0)
+            next(runtime.stream(PROMPT, [tiny.picture], max_tokens=8))
+
+        assert_bounded(request, 150)
+
+
+def test_opening_and_closing_with_a_draft_does_not_leak(tiny):
+    def open_and_close():
+        with with_draft(tiny) as runtime:
+            runtime.generate(PROMPT, [tiny.picture], max_tokens=4)
+
+    assert_bounded(open_and_close, 60)

@@ -1,0 +1,213 @@
+"""How many tokens to draft next: as many as pay, by what drafts and target passes were measured to cost.
+
+A round drafts n tokens and gives E(n) tokens of the answer for the seconds C(n); a plain round gives one for c(1). The
+best n has the highest E(n) / C(n). As long as too little is known, and now and then when drafts do not pay, a round
+drafts to find out. All that such rounds lose is kept below a small share of the time decoding takes, so that a draft
+which never agrees costs no more than that.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import median_low
+
+from edge_shiftkv.speculative.draft import Drafted
+
+MOST = 8
+"""The most tokens drafted in a round, if no other number is set."""
+
+_LOSS = 0.015  # share of decoding time that drafts may lose
+_MARGIN = 1.03  # a draft has to be expected to be better than none by this factor
+_MEMORY = 0.93  # weight of what was accepted before, per round
+_PRIOR = (3.0, 2.0)  # accepted and rejected tokens, before there were any
+_TRUSTED = 12  # rounds with a draft after which the acceptance is known
+_WAIT, _LONGEST_WAIT = 16, 1024  # tokens between rounds that try a draft that does not pay
+_REST = 4  # rounds without another thought, after one that was not worth a draft
+_REFRESH = 256  # tokens after which one plain pass is measured
+_FORESEEN = 128  # tokens that an answer is expected to go on for, at most
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draft in one round.
+
+    n_draft: tokens to draft; 0 decodes without.
+    enough: a draft ends when the probability that all of it is accepted, by its own confidence, falls below this.
+    """
+
+    n_draft: int
+    enough: float = 0.0
+
+
+class _Recent:
+    """The median of the last measurements; the lower one of two."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=9)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+
+    @property
+    def value(self) -> float:
+        return median_low(self._values) if self._values else 0.0
+
+
+class DraftLength:
+    """Plans the rounds of all answers of one runtime, from what the rounds before took.
+
+    fixed: the draft length of every round; None plans it.
+    """
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self._fixed = fixed
+        self._passes: dict[int, _Recent] = {}
+        self._curve: tuple[list[int], list[float]] | None = None
+        self._draft_token = _Recent()
+        self._draft_prompt_token = _Recent()
+        self._accepted, self._rejected = _PRIOR
+        self._proxies_per_token = 1.0
+        self._drafted_rounds = 0
+        self._since_plain = self._since_draft = 0
+        self._wait = _WAIT
+        self._seconds = 0.0
+        self._lost = 0.0
+        self._invested = 0.0
+        self._rest = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The estimated probability that a proposed token is accepted, if those before it are."""
+        return self._accepted / (self._accepted + self._rejected)
+
+    def begin(self) -> None:
+        """Begin an answer."""
+        self._invested = 0.0
+        self._rest = 0
+
+    def plan(self, *, remaining: int, unread: Callable[[], int]) -> Plan:
+        """Decide on the next round.
+
+        remaining: tokens the answer may still have.
+        unread: tells how many tokens the draft model has to read before it can go on.
+        """
+        if remaining < 2:
+            return Plan(0)
+        if self._fixed is not None:
+            return Plan(self._fixed)
+        plain = self._pass(1)
+        if plain is None or self._since_plain >= _REFRESH:
+            return Plan(0)  # to measure it
+        self._rest -= 1
+        if self._rest > 0:
+            return Plan(0)
+        plan = self._planned(plain, remaining, unread)
+        if plan.n_draft == 0:
+            self._rest = _REST
+        return plan
+
+    def _planned(self, plain: float, remaining: int, unread: Callable[[], int]) -> Plan:
+        reading = unread() * self._draft_prompt_token.value
+        foreseen = min(remaining, _FORESEEN)
+        # Passes much longer than any before may cost more than they seem to.
+        longest = min(MOST, 2 * max(self._passes))
+        n = max(range(1, longest + 1), key=self._rate)
+        saved = plain - 1 / self._rate(n)
+        allowed = _LOSS * (self._seconds + foreseen * plain)
+        pays = self._rate(n) * plain > _MARGIN and saved * foreseen > 2 * reading
+        known = self._drafted_rounds >= _TRUSTED
+        # What was spent on reading in this answer may still come in.
+        if pays and (self._lost - self._invested if known else self._lost + reading) < allowed:
+            return self._worth(n)
+        if self._since_draft < self._wait:
+            return Plan(0)
+        # The shortest draft that tells something, if it can be afforded should all of it be rejected.
+        expected_loss = reading + self._seconds_of(2) - plain
+        return self._worth(2) if self._lost + expected_loss < allowed else Plan(0)
+
+    def read(self, n_tokens: int, seconds: float) -> None:
+        """Note that the draft model read tokens at once."""
+        self._draft_prompt_token.add(seconds / n_tokens)
+
+    def drafted(self, n_tokens: int, seconds: float) -> None:
+        """Note that the draft model took tokens one by one."""
+        self._draft_token.add(seconds / n_tokens)
+
+    def passed(self, drafted: Drafted, n_drawn: int, *, pass_s: float, round_s: float) -> None:
+        """Note a round: `n_drawn` tokens of the answer. `pass_s` of its seconds are the target's."""
+        n_proposed = len(drafted.proposal.tokens)
+        self._passes.setdefault(n_proposed + 1, _Recent()).add(pass_s)
+        self._curve = None
+        self._seconds += round_s
+        self._since_plain += n_drawn
+        self._since_draft += n_drawn
+        if n_proposed == 0:
+            self._since_plain = 0
+        if drafted.n_read == 0:
+            return
+        self._note_draft(drafted)
+        plain = self._pass(1)
+        if plain is not None:
+            loss = round_s - n_drawn * plain
+            self._wait = _WAIT if loss < 0 else min(2 * self._wait, _LONGEST_WAIT)
+            # What drafts gained may be lost again, but not much of it.
+            self._lost = max(self._lost + loss, -_WAIT * plain)
+            self._invested += drafted.reading_s
+        self._since_draft = 0
+        self._drafted_rounds += 1
+        if drafted.n_drafted:
+            self._proxies_per_token += 0.1 * (n_proposed / drafted.n_drafted - self._proxies_per_token)
+        self._accepted = _MEMORY * self._accepted + min(n_drawn - 1, n_proposed)
+        self._rejected = _MEMORY * self._rejected + (n_drawn <= n_proposed)
+
+    def _note_draft(self, drafted: Drafted) -> None:
+        seconds, n_passes = drafted.model_s + drafted.bridge_s, drafted.n_passes
+        if drafted.n_read < MOST:
+            n_passes += 1
+        else:
+            seconds -= drafted.reading_s
+            self.read(drafted.n_read, drafted.reading_s)
+        if n_passes:
+            self.drafted(n_passes, seconds)
+
+    def _worth(self, n: int) -> Plan:
+        """Draft n tokens, but for those whose cost is not worth their chance."""
+        last = self._seconds_of(n) - self._seconds_of(n - 1)
+        return Plan(n, min(0.5, self._rate(n) * last))
+
+    def _rate(self, n: int) -> float:
+        """Expected tokens of the answer per second with n tokens drafted."""
+        a = min(self.acceptance, 0.98)
+        expected: float = (1 - a ** (n * self._proxies_per_token + 1)) / (1 - a)
+        return expected / self._seconds_of(n)
+
+    def _seconds_of(self, n: int) -> float:
+        """Expected seconds of a round with n tokens drafted."""
+        passes = self._pass(1 + n * self._proxies_per_token)
+        assert passes is not None
+        return n * self._draft_token.value + passes
+
+    def _pass(self, n: float) -> float | None:
+        """Expected seconds of a pass over n tokens: between measured ones, and not below those of shorter passes."""
+        if self._curve is None:
+            widths = sorted(self._passes)
+            seconds = list(accumulate((self._passes[width].value for width in widths), max))
+            self._curve = widths, seconds
+        widths, seconds = self._curve
+        if not widths or widths[0] > n:
+            return None
+        at = bisect_left(widths, n)
+        if at < len(widths) and widths[at] == n:
+            return seconds[at]
+        if at < len(widths):
+            low, high = at - 1, at
+        elif at > 1:
+            low, high = 0, at - 1
+        else:  # as if one more cost nothing
+            return seconds[0]
+        slope = (seconds[high] - seconds[low]) / (widths[high] - widths[low])
+        return seconds[low] + slope * (n - widths[low])

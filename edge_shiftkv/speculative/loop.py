@@ -1,0 +1,170 @@
+"""Decoding with a draft: rounds of draft, target pass and verification."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+
+from edge_shiftkv.errors import ModelError
+from edge_shiftkv.native.llama import Context, Model
+from edge_shiftkv.native.mtmd import TextChunk
+from edge_shiftkv.prompts.conversation import Conversation
+from edge_shiftkv.prompts.prompt import Prompt
+from edge_shiftkv.results import DraftFigures
+from edge_shiftkv.sampling import Sampler
+from edge_shiftkv.speculative.draft import MOST_DRAFTED, Draft, Drafted, DraftOptions
+from edge_shiftkv.speculative.length import DraftLength
+from edge_shiftkv.speculative.verify import Rule, rule_for, verify
+
+
+class Drafting:
+    """A runtime's draft model and what is known of its worth, for all its answers.
+
+    n_pass: the most tokens that the target decodes in one pass.
+
+    Raises ModelError for a target that does not take tokens back, and what `Draft` raises.
+    """
+
+    n_pass = 1 + MOST_DRAFTED
+
+    def __init__(
+        self, path: Path, target: Model, options: DraftOptions | None, *, n_gpu_layers: int, n_threads: int
+    ) -> None:
+        self._options = options or DraftOptions()
+        self._target = target
+        if not target.has_kv_cache:
+            raise ModelError("this model cannot be drafted for: its memory does not take tokens back; load it alone")
+        self._draft = Draft(path, target, self._options, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
+        self._length = DraftLength(self._options.n_draft)
+        if self._options.n_draft is None:
+            n_read, read_s, n_steps, steps_s = self._draft.costs()
+            self._length.read(n_read, read_s)
+            self._length.drafted(n_steps, steps_s)
+
+    def close(self) -> None:
+        """Free the draft model."""
+        self._draft.close()
+
+    def end(self) -> None:
+        """Free what belongs to the last answer."""
+        self._draft.end()
+
+    def decoder(
+        self,
+        context: Context,
+        sampler: Sampler,
+        position: int,
+        *,
+        conversation: Conversation,
+        prompt: Prompt,
+        room: int,
+    ) -> SpeculativeDecoder:
+        """A decoder for the answer to `conversation`, which is `prompt` for the target, of up to `room` tokens."""
+        last = prompt.chunks[-1]
+        before = last.tokens if isinstance(last, TextChunk) else []
+        self._draft.begin(conversation, before, sampler.sampling, sampler.noise, room)
+        self._length.begin()
+        return SpeculativeDecoder(
+            *(context, sampler, position),
+            model=self._target,
+            draft=self._draft,
+            length=self._length,
+            rule=rule_for(sampler.sampling.temperature, self._options.rule),
+            room=room,
+        )
+
+
+class SpeculativeDecoder:
+    """Writes on from `position` in a context, as `decoding.Decoder` does, with the help of a draft.
+
+    Tokens come out one by one. Those that a round accepted and nobody asked for are dropped with the decoder, and not
+    counted; the context may hold them.
+
+    room: tokens the answer may have.
+    steps: calls of `advance`.
+    seconds: time they took.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        sampler: Sampler,
+        position: int,
+        *,
+        model: Model,
+        draft: Draft,
+        length: DraftLength,
+        rule: Rule,
+        room: int,
+    ) -> None:
+        self._context = context
+        self._sampler = sampler
+        self._position = position
+        self._model = model
+        self._draft = draft
+        self._length = length
+        self._rule = rule
+        self._answer: list[int] = []
+        self._room = room
+        self._ready: deque[tuple[int, bool]] = deque()
+        self._drafted = self._accepted = self._rounds = self._plain_rounds = 0
+        self._draft_s = self._align_s = self._verify_s = 0.0
+        self.steps = 0
+        self.seconds = 0.0
+
+    @property
+    def figures(self) -> DraftFigures:
+        """What drafting did so far."""
+        return DraftFigures(
+            rounds=self._rounds,
+            plain_rounds=self._plain_rounds,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            tokens_per_pass=self.steps / self._rounds if self._rounds else None,
+            draft_s=self._draft_s,
+            align_s=self._align_s,
+            verify_s=self._verify_s,
+        )
+
+    def advance(self, token: int) -> int:
+        """Take the token drawn last and give the next one. Raises ShiftKVError."""
+        started = time.perf_counter()
+        if self.steps == 0:
+            self._answer.append(token)
+        if not self._ready:
+            self._round(token)
+        following, accepted = self._ready.popleft()
+        self._accepted += accepted
+        self.steps += 1
+        self.seconds += time.perf_counter() - started
+        return following
+
+    def _round(self, token: int) -> None:
+        started = time.perf_counter()
+        remaining = self._room - self._sampler.n_drawn
+        plan = self._length.plan(remaining=remaining, unread=lambda: self._draft.unread(self._answer))
+        drafted = Drafted()
+        if plan.n_draft:
+            most = min(MOST_DRAFTED, remaining - 1)
+            drafted = self._draft.propose(self._answer, plan.n_draft, most, plan.enough)
+        proposed = drafted.proposal.tokens
+        passing = time.perf_counter()
+        self._context.decode([token, *proposed], self._position, logits=len(proposed) + 1)
+        self._context.logits()  # waits for them
+        pass_s = time.perf_counter() - passing
+        drawn = verify(self._context, self._sampler, drafted.proposal, self._rule, self._model.ends_generation)
+        n_accepted = sum(a == b for a, b in zip(drawn, proposed, strict=False))
+        self._position += 1 + n_accepted
+        if n_accepted < len(proposed):
+            self._context.remove(self._position)
+        self._ready.extend((token, i < n_accepted) for i, token in enumerate(drawn))
+        self._answer += drawn
+        ended = time.perf_counter()
+        self._rounds += 1
+        self._plain_rounds += not plan.n_draft
+        self._drafted += len(proposed)
+        self._draft_s += drafted.model_s
+        self._align_s += drafted.bridge_s
+        self._verify_s += ended - passing
+        self._length.passed(drafted, len(drawn), pass_s=pass_s, round_s=ended - started)

@@ -1,0 +1,324 @@
+"""Measure speculative decoding with a draft of another vocabulary; prints Markdown tables.
+
+    python scripts/bench_spec.py accept -m TARGET --draft DRAFT    # tokens per target pass, acceptance, time in Python
+    python scripts/bench_spec.py speed -m TARGET --draft DRAFT     # tokens per second over those without a draft
+    python scripts/bench_spec.py exact -m TARGET --draft DRAFT     # token for token what the target writes alone?
+    python scripts/bench_spec.py report --out FILE                 # the tables of what was measured before
+
+Every request is a line of JSON in --out; what is there is not measured again, so a run that was stopped can go on.
+Prompts are those of data/spec_prompts.jsonl, as many of every kind. `speed` measures all variants of one prompt one
+after the other, beginning with another one each time; `disagree` is a draft of which no token is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+
+from edge_shiftkv import Completion, Runtime, runtime
+from edge_shiftkv.sampling import Outputs, Sampler
+from edge_shiftkv.speculative.draft import Draft, Drafted, DraftOptions
+from edge_shiftkv.speculative.length import MOST
+from edge_shiftkv.speculative.loop import Drafting, SpeculativeDecoder
+from edge_shiftkv.speculative.verify import SAMPLING_RULES, Proposal
+
+SUMMED = ("tokens", "rounds", "drafted", "accepted", "decode_s", "native_s", "draft_s", "align_s", "verify_s")
+PROMPTS = Path(__file__).parent / "data" / "spec_prompts.jsonl"
+NATIVE = ("llama_decode", "llama_get_logits_ith", "llama_sampler_apply", "llama_tokenize", "llama_token_to_piece")
+TIE = 0.05  # logits; passes over one token and over several differ by rounding
+SAMPLED = {"temperature": 0.7, "seed": 1}
+
+Row = dict[str, Any]
+
+
+def prompts(n: int | None) -> list[Row]:
+    """The first `n` prompts, one of every kind after the other."""
+    kinds = defaultdict(list)
+    for line in PROMPTS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        kinds[row["kind"]].append(row)
+    rows = [row for rank in itertools.zip_longest(*kinds.values()) for row in rank if row]
+    return rows[:n]
+
+
+class Results:
+    """Lines of JSON in a file, by what they are about."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.rows: list[Row] = [json.loads(line) for line in lines]
+
+    def has(self, **key: Any) -> bool:
+        """Whether there is such a row."""
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, **row: Any) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def native_clock() -> Iterator[Callable[[], float]]:
+    """Count the seconds in calls into llama.cpp while an answer is decoded, after its first token."""
+    seconds = 0.0
+    decoding = False
+    advance = SpeculativeDecoder.advance
+    originals = {name: getattr(llama, name) for name in NATIVE}
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal seconds
+            started = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                seconds += decoding * (time.perf_counter() - started)
+
+        return call
+
+    def counted_advance(decoder: SpeculativeDecoder, token: int) -> int:
+        nonlocal decoding
+        decoding = True
+        try:
+            return advance(decoder, token)
+        finally:
+            decoding = False
+
+    for name, function in originals.items():
+        setattr(llama, name, timed(function))
+    SpeculativeDecoder.advance = counted_advance  # type: ignore[method-assign]
+    try:
+        yield lambda: seconds
+    finally:
+        SpeculativeDecoder.advance = advance  # type: ignore[method-assign]
+        for name, function in originals.items():
+            setattr(llama, name, function)
+
+
+class Wrong(Draft):
+    """A draft of which no token is right; it takes as long as one that might be."""
+
+    def propose(self, *arguments: Any) -> Drafted:
+        drafted = super().propose(*arguments)
+        wrong = [token - 1 if token else 1 for token in drafted.proposal.tokens]
+        return dataclasses.replace(drafted, proposal=Proposal(wrong, drafted.proposal.probabilities))
+
+
+class Bench:
+    """A target, alone and with any number of drafting variants."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._resources = ExitStack()
+        settings = {"n_threads": arguments.threads, "n_ctx": 2048, "n_gpu_layers": arguments.gpu_layers}
+        self._alone = self._resources.enter_context(Runtime(arguments.model, **settings))
+        self._helped = self._resources.enter_context(Runtime(arguments.model, draft=arguments.draft, **settings))
+        self._variants: dict[Any, Drafting] = {}
+
+    def close(self) -> None:
+        """Free everything."""
+        self._resources.close()
+
+    def alone(self, prompt: str, **options: Any) -> Completion:
+        """The target's own answer."""
+        return self._alone.generate(prompt, max_tokens=self._arguments.tokens, **options)
+
+    def helped(
+        self, prompt: str, n_draft: int | None, rule: str | None = None, *, wrong: bool = False, **options: Any
+    ) -> Completion:
+        """Its answer with a draft; every variant keeps what it learns of its costs."""
+        key = (n_draft, rule, wrong)
+        if key not in self._variants:
+            drafting = Drafting(
+                *(Path(self._arguments.draft), self._helped._model, DraftOptions(n_draft, rule)),
+                n_gpu_layers=self._arguments.gpu_layers,
+                n_threads=self._arguments.threads,
+            )
+            if wrong:
+                drafting._draft.__class__ = Wrong
+            self._variants[key] = drafting
+            self._resources.callback(drafting.close)
+        original, self._helped._drafting = self._helped._drafting, self._variants[key]
+        try:
+            return self._helped.generate(prompt, max_tokens=self._arguments.tokens, **options)
+        finally:
+            self._helped._drafting = original
+
+
+def accept(arguments: argparse.Namespace, results: Results) -> None:
+    """Tokens per target pass and acceptance by rule and draft length."""
+    bench = Bench(arguments)
+    for row in prompts(arguments.prompts):
+        for rule in arguments.rules:
+            for n_draft in arguments.lengths:
+                key = {"measured": "accept", "rule": rule, "n_draft": n_draft, "prompt": row["prompt"]}
+                if results.has(**key):
+                    continue
+                options = {} if rule == "greedy" else SAMPLED
+                with native_clock() as native_s:
+                    figures = bench.helped(
+                        row["prompt"], n_draft, rule if rule in SAMPLING_RULES else None, **options
+                    ).figures
+                    native = native_s()
+                assert figures.draft
+                results.add(
+                    **key,
+                    kind=row["kind"],
+                    tokens=figures.generated_tokens,
+                    decode_s=figures.decode_s,
+                    native_s=native,
+                    **dataclasses.asdict(figures.draft),
+                )
+    bench.close()
+
+
+def speed(arguments: argparse.Namespace, results: Results) -> None:
+    """Tokens per second of all variants, prompt by prompt."""
+    bench = Bench(arguments)
+    variants: dict[str, Callable[[str], Completion]] = {
+        "alone": bench.alone,
+        "planned": lambda prompt: bench.helped(prompt, None),
+        "planned, disagree": lambda prompt: bench.helped(prompt, None, wrong=True),
+        **{f"{n} tokens": lambda prompt, n=n: bench.helped(prompt, n) for n in arguments.lengths},
+    }
+    for variant in variants.values():  # reads the weights from disk and measures costs
+        variant("Hello.")
+    for i, row in enumerate(prompts(arguments.prompts)):
+        names = list(variants)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            key = {"measured": "speed", "variant": name, "prompt": row["prompt"]}
+            if results.has(**key):
+                continue
+            figures = variants[name](row["prompt"]).figures
+            results.add(**key, kind=row["kind"], tokens=figures.generated_tokens, decode_s=figures.decode_s,
+                        draft=figures.draft and dataclasses.asdict(figures.draft))  # fmt: skip
+    bench.close()
+
+
+def exact(arguments: argparse.Namespace, results: Results) -> None:
+    """Greedy answers with a draft, token for token, against those without."""
+    recorded: list[tuple[int, float]] = []
+
+    class Recorder(Sampler):
+        def sample(self, outputs: Outputs, output: int = -1) -> int:
+            second, first = np.partition(outputs.logits(output), -2)[-2:]
+            token = super().sample(outputs, output)
+            recorded.append((token, float(first - second)))
+            return token
+
+    runtime.Sampler = Recorder  # type: ignore[misc]
+    bench = Bench(arguments)
+    for row in prompts(arguments.prompts):
+        for n_draft in arguments.lengths:
+            key = {"measured": "exact", "n_draft": n_draft, "prompt": row["prompt"]}
+            if results.has(**key):
+                continue
+            recorded.clear()
+            bench.alone(row["prompt"])
+            expected = recorded.copy()
+            recorded.clear()
+            bench.helped(row["prompt"], n_draft)
+            differing = (i for i, (a, b) in enumerate(zip(expected, recorded, strict=False)) if a[0] != b[0])
+            first = next(differing, None)
+            results.add(
+                **key, tokens=len(expected), differs_at=first, gap=None if first is None else expected[first][1]
+            )
+    bench.close()
+
+
+def report(results: Results) -> None:
+    """Print the tables."""
+    rows = [row for row in results.rows if row["measured"] == "accept"]
+    if rows:
+        print("| Rule | Draft tokens | Tokens per pass | Accepted | Draft, align, verify | In Python |")
+        print("|---|---|---|---|---|---|")
+    for rule, n_draft in sorted({(row["rule"], row["n_draft"]) for row in rows}):
+        some = [row for row in rows if (row["rule"], row["n_draft"]) == (rule, n_draft)]
+        total = {name: sum(row[name] for row in some) for name in SUMMED}
+        shares = ", ".join(f"{total[name] / total['decode_s']:.1%}" for name in ("draft_s", "align_s", "verify_s"))
+        print(
+            f"| {rule} | {n_draft} | {(total['rounds'] + total['accepted']) / total['rounds']:.2f} "
+            f"| {total['accepted'] / max(1, total['drafted']):.1%} | {shares} "
+            f"| {1 - total['native_s'] / total['decode_s']:.1%} |"
+        )
+    if rows:
+        print("\n| Kind of prompt | Tokens per pass, by draft tokens, greedy |\n|---|---|")
+    greedy = [row for row in rows if row["rule"] == "greedy"]
+    for kind in dict.fromkeys(row["kind"] for row in greedy):
+        cells = []
+        for n_draft in sorted({row["n_draft"] for row in greedy}):
+            some = [row for row in greedy if (row["kind"], row["n_draft"]) == (kind, n_draft)]
+            rounds = sum(row["rounds"] for row in some)
+            cells.append(f"{n_draft}: {1 + sum(row['accepted'] for row in some) / max(1, rounds):.2f}")
+        print(f"| {kind} | {', '.join(cells)} |")
+    rows = [row for row in results.rows if row["measured"] == "speed" and row["tokens"] > 1]
+    if rows:
+        print("\n| Draft | Prompts | Tokens/s | Over those alone, all tokens | Per prompt: median (quartiles) |")
+        print("|---|---|---|---|---|")
+    by_variant: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        by_variant[row["variant"]][row["prompt"]] = row
+    for name, measured in by_variant.items():
+        both = [prompt for prompt in measured if prompt in by_variant["alone"]]
+
+        def rate(rows: list[Row]) -> float:
+            return sum(row["tokens"] - 1 for row in rows) / sum(row["decode_s"] for row in rows)
+
+        here, alone = [measured[prompt] for prompt in both], [by_variant["alone"][prompt] for prompt in both]
+        ratios = [rate([a]) / rate([b]) for a, b in zip(here, alone, strict=True)]
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        print(
+            f"| {name} | {len(both)} | {rate(here):.2f} | {rate(here) / rate(alone):.3f} "
+            f"| {middle:.3f} ({low:.3f} to {high:.3f}) |"
+        )
+    rows = [row for row in results.rows if row["measured"] == "exact"]
+    if rows:
+        flips = [row for row in rows if row["differs_at"] is not None]
+        ties = [row for row in flips if row["gap"] < TIE]
+        gaps = ", ".join(f"{row['gap']:.4f}" for row in flips) or "none"
+        print(
+            f"\nExact: {len(rows)} answers, {sum(row['tokens'] for row in rows)} tokens; {len(flips)} differ, "
+            f"{len(ties)} of them where the two highest logits are less than {TIE} apart (gaps: {gaps})"
+        )
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["accept", "speed", "exact", "report"])
+    parser.add_argument("-m", "--model", metavar="GGUF", help="the target")
+    parser.add_argument("--draft", metavar="GGUF", help="the draft")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench_spec.jsonl"), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument("--prompts", type=int, metavar="N", help="how many (default: all)")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(range(1, MOST + 1)), metavar="N", help="drafted")
+    parser.add_argument("--rules", nargs="+", default=["greedy", *SAMPLING_RULES], metavar="RULE")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (default: none)")
+    arguments = parser.parse_args()
+    results = Results(arguments.out)
+    if arguments.what != "report":
+        if not arguments.model or not arguments.draft:
+            parser.error("a target (-m) and a draft (--draft) are needed")
+        {"accept": accept, "speed": speed, "exact": exact}[arguments.what](arguments, results)
+    report(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Acceptance and bias of the verification rules, on models small enough that every text's probability is known.
+
+    python scripts/spec_rules.py    # prints a Markdown table
+
+The models have four tokens and write three of them; their logits, for every text before, are random numbers. A draft is
+the target itself, like it (its logits are 0.7 of the target's and 0.3 of another model's), or another model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_shiftkv.sampling import Choices, Noise, Sampler, Sampling
+from edge_shiftkv.speculative.verify import Proposal, Rule, verify
+
+Floats = npt.NDArray[np.float64]
+
+N_VOCAB, N_TOKENS = 4, 3
+MODEL = SimpleNamespace(n_vocab=N_VOCAB, suppressed_tokens=[])
+
+
+class Table:
+    """A model of few tokens: the logits of the next one for every text of up to N_TOKENS tokens."""
+
+    def __init__(self, seed: int) -> None:
+        self._logits = np.random.default_rng(seed).standard_normal((N_VOCAB + 1,) * N_TOKENS + (N_VOCAB,))
+
+    def __call__(self, text: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The logits after `text`, [N_VOCAB]."""
+        return self._logits[(*text, *(N_VOCAB,) * (N_TOKENS - len(text)))].astype(np.float32)
+
+    def blend(self, other: Table, share: float) -> Table:
+        """This model, with a share of another."""
+        result = Table(0)
+        result._logits = (1 - share) * self._logits + share * other._logits
+        return result
+
+
+TARGET = Table(1)
+DRAFTS = {"alike": TARGET.blend(Table(2), 0.3), "other": Table(3), "same": TARGET}
+
+
+UNFILTERED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def probabilities(sampling: Sampling) -> Floats:
+    """The exact probability that the target writes a text, by its tokens; top_k and temperature are applied."""
+    result = np.zeros((N_VOCAB,) * N_TOKENS)
+
+    def step(text: list[int], p: float) -> None:
+        if len(text) == N_TOKENS:
+            result[tuple(text)] = p
+            return
+        logits = TARGET(text).astype(np.float64)
+        kept = np.argsort(-logits)[: sampling.top_k or N_VOCAB]
+        q = np.exp(logits[kept] / sampling.temperature)
+        for token, share in zip(kept, q / q.sum(), strict=True):
+            step([*text, int(token)], p * share)
+
+    step([], 1.0)
+    return result
+
+
+def answer(sampling: Sampling, rule: Rule, draft: Table | None, n_draft: int) -> tuple[tuple[int, ...], int, int, int]:
+    """A text, the rounds it took, and how many tokens were proposed and accepted."""
+    sampler = Sampler(MODEL, sampling)
+    own = Noise(sampler.noise.seed ^ 1)
+    text: list[int] = []
+    rounds = proposed = accepted = 0
+    while len(text) < N_TOKENS:
+        drafted: list[int] = []
+        chances: list[float] = []
+        while draft and len(drafted) < min(n_draft, N_TOKENS - len(text) - 1):
+            scores = draft([*text, *drafted]).astype(np.float64) / (sampling.temperature or 1e-3)
+            choices = Choices(np.arange(N_VOCAB), scores)
+            place = len(text) + len(drafted)
+            if rule == "tokentiming":  # with noise that no other draw has
+                drafted.append(own.pick(place + N_TOKENS * rounds, choices))
+            else:
+                drafted.append(sampler.noise.pick(place, choices))
+            chances.append(float(choices.probabilities()[drafted[-1]]))
+        whole = [*text, *drafted]
+        outputs = SimpleNamespace(logits=lambda output, whole=whole: TARGET(whole[: len(whole) + output + 1]))
+        drawn = verify(outputs, sampler, Proposal(drafted, chances), rule, lambda _: False)
+        proposed += len(drafted)
+        accepted += sum(a == b for a, b in zip(drawn, drafted, strict=False))
+        text += drawn
+        rounds += 1
+    sampler.close()
+    return tuple(text), rounds, proposed, accepted
+
+
+def measure(rule: Rule, draft: Table | None, n_texts: int, n_draft: int = 2, **options: float) -> tuple[Floats, float]:
+    """How often each text was written, and the share of the proposed tokens that was accepted."""
+    counts = np.zeros((N_VOCAB,) * N_TOKENS)
+    n_proposed = n_accepted = 0
+    for seed in range(n_texts):
+        text, _, proposed, accepted = answer(Sampling(seed=seed, **options), rule, draft, n_draft)
+        counts[text] += 1
+        n_proposed += proposed
+        n_accepted += accepted
+    return counts, n_accepted / max(n_proposed, 1)
+
+
+def distance(counts: Floats, expected: Floats) -> float:
+    """The total variation distance of what was counted from probabilities."""
+    return float(np.abs(counts / counts.sum() - expected).sum() / 2)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=40_000, metavar="N", help="texts per row (default: %(default)s)")
+    n_texts = parser.parse_args().texts
+    expected = probabilities(Sampling(temperature=1.0, **UNFILTERED))
+    print("| Rule | Draft | Accepted | Total variation distance from the target's distribution |")
+    print("|---|---|---|---|")
+    # As far as exact draws of this number are from their own distribution.
+    drawn = np.random.default_rng(0).multinomial(n_texts, expected.ravel()).reshape(expected.shape)
+    print(f"| exact draws | | | {distance(drawn, expected):.4f} |")
+    rules: tuple[Rule, ...] = ("coupled", "tokentiming")
+    for rule in rules:
+        for name, draft in DRAFTS.items():
+            counts, accepted = measure(rule, draft, n_texts, temperature=1.0, **UNFILTERED)
+            print(f"| {rule} | {name} | {accepted:.1%} | {distance(counts, expected):.4f} |")
+
+
+if __name__ == "__main__":
+    main()

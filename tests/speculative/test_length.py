@@ -1,0 +1,135 @@
+"""The planned draft length on simulated machines, whose passes have known costs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from edge_shiftkv.speculative.draft import Drafted
+from edge_shiftkv.speculative.length import MOST, DraftLength
+from edge_shiftkv.speculative.verify import Proposal
+
+
+@dataclass
+class Machine:
+    """Seconds of a target pass over n tokens, of a draft token, and of reading a token of the prompt."""
+
+    passes: tuple[float, ...]
+    draft: float
+    reading: float
+    noise: float = 0.1
+
+    def pass_s(self, n, rng):
+        return float(np.interp(n, range(1, len(self.passes) + 1), self.passes)) * rng.lognormal(0, self.noise)
+
+
+# A pass over 4 tokens takes 2.8 times one over 1, as on few CPU cores; or hardly more, as on a GPU.
+SLOW = Machine((1.0, 1.7, 2.3, 2.8, 3.4, 4.0, 4.6, 5.2, 5.8), draft=0.1, reading=0.02)
+FAST = Machine((1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.12, 1.14, 1.16), draft=0.1, reading=0.002)
+
+
+def run(machine, agreement, *, n_answers=40, n_tokens=64, n_prompt=200, fixed=None, seed=0, length=None):
+    """The seconds without a draft over those with it, by answer; and the lengths that were drafted.
+
+    agreement: the probability that a proposed token is accepted; a number, or by the number of tokens so far.
+    """
+    rng = np.random.default_rng(seed)
+    length = length or DraftLength(fixed)
+    length.read(32, 32 * machine.reading)
+    length.drafted(4, 4 * machine.draft)
+    ratios, lengths, total = [], [], 0
+    for _ in range(n_answers):
+        length.begin()
+        n, took, unread = 1, 0.0, n_prompt
+        while n < n_tokens:
+            plan = length.plan(remaining=n_tokens - n, unread=lambda unread=unread: unread)
+            k = min(plan.n_draft, n_tokens - n - 1)
+            lengths.append(k)
+            drafted, round_s = Drafted(), 0.0
+            if k:
+                reading = unread * machine.reading if unread > MOST else 0.0
+                model_s = reading + (k - bool(reading)) * machine.draft
+                drafted = Drafted(Proposal([0] * k), k, unread, k - 1, reading, model_s, 0.0)
+                round_s, unread = model_s, 0
+            chance = agreement(total) if callable(agreement) else agreement
+            accepted = next((i for i in range(k) if rng.random() >= chance), k)
+            pass_s = machine.pass_s(1 + k, rng)
+            round_s += pass_s
+            length.passed(drafted, accepted + 1, pass_s=pass_s, round_s=round_s)
+            took += round_s
+            n += accepted + 1
+            total += accepted + 1
+            unread += accepted + 1 if not k else 1
+        ratios.append((n_tokens - 1) * machine.passes[0] / took)
+    return np.array(ratios), np.array(lengths)
+
+
+def overall(ratios):
+    return len(ratios) / (1 / ratios).sum()
+
+
+@pytest.mark.parametrize("machine", [SLOW, FAST], ids=["slow", "fast"])
+@pytest.mark.parametrize("n_answers", [10, 60])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_that_never_agrees_costs_little(machine, n_answers, seed):
+    quiet = Machine(machine.passes, machine.draft, machine.reading, noise=0.02)
+    ratios, lengths = run(quiet, 0.0, n_answers=n_answers, seed=seed)
+    assert overall(ratios) > 0.97
+    assert (lengths > 0).any()  # it was tried
+    assert (lengths[len(lengths) // 2 :] > 0).mean() < 0.05
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_that_agrees_does_not_pay_where_long_passes_cost_much(seed):
+    ratios, _ = run(SLOW, 0.6, seed=seed)
+    assert overall(ratios) > 0.97
+
+
+@pytest.mark.parametrize("agreement", [0.5, 0.7, 0.9])
+def test_a_draft_that_pays_is_used_at_about_the_best_length(agreement):
+    fixed = {n: overall(run(FAST, agreement, fixed=n)[0]) for n in range(1, MOST + 1)}
+    best = max(fixed.values())
+    assert best > 1.3
+    planned, lengths = run(FAST, agreement)
+    assert overall(planned[5:]) > 0.93 * best
+    assert fixed[int(np.median(lengths))] > 0.9 * best
+
+
+def test_a_draft_that_begins_to_pay_is_found_again():
+    length = DraftLength()
+    run(FAST, 0.0, n_answers=10, length=length)
+    ratios, lengths = run(FAST, 0.9, n_answers=40, length=length)
+    assert (lengths[-50:] > 0).mean() > 0.8
+    assert overall(ratios[-10:]) > 1.5
+
+
+def test_a_draft_that_stops_paying_is_switched_off():
+    length = DraftLength()
+    run(FAST, 0.9, n_answers=10, length=length)
+    ratios, lengths = run(FAST, 0.0, n_answers=20, length=length)
+    assert overall(ratios) > 0.95
+    assert (lengths[-300:] > 0).mean() < 0.1
+
+
+def test_a_long_prompt_is_not_read_for_a_short_answer():
+    machine = Machine(FAST.passes, FAST.draft, reading=0.05)
+    length = DraftLength()
+    run(machine, 0.9, n_answers=20, n_prompt=10, length=length)
+    _, lengths = run(machine, 0.9, n_answers=5, n_prompt=2000, n_tokens=32, length=length)
+    assert (lengths == 0).all()
+    _, lengths = run(machine, 0.9, n_answers=5, n_prompt=100, n_tokens=64, length=length)
+    assert (lengths > 0).mean() > 0.5
+
+
+def test_a_fixed_length_is_fixed():
+    _, lengths = run(SLOW, 0.0, fixed=3, n_answers=3)
+    assert set(lengths) == {0, 1, 2, 3}  # less at the end of an answer
+
+
+def test_costs_between_measured_ones():
+    length = DraftLength()
+    for n, seconds in ((1, 1.0), (3, 2.0), (5, 1.5)):
+        for _ in range(5):
+            length.passed(Drafted(Proposal([0] * (n - 1))), 1, pass_s=seconds, round_s=seconds)
+    assert [length._pass(n) for n in (1, 2, 3, 4, 5)] == pytest.approx([1, 1.5, 2, 2, 2])
+    assert length._pass(9) == pytest.approx(3)

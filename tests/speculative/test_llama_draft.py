@@ -1,0 +1,71 @@
+"""Drafts for llama-cpp-python's own Llama."""
+
+import numpy as np
+import pytest
+from llama_cpp import Llama
+from support.speakers import SENTENCES, write_speaker
+
+from edge_shiftkv import ModelError, ShiftKVError
+from edge_shiftkv.speculative.llama_draft import LlamaDraft
+
+SETTINGS = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "verbose": False}
+PROMPTS = (SENTENCES[1], SENTENCES[1][:30], SENTENCES[3])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("speakers")
+
+
+class Counting(LlamaDraft):
+    """Counts what it proposes."""
+
+    n_calls = n_proposed = 0
+
+    def __call__(self, input_ids, /, **kwargs):
+        proposed = super().__call__(input_ids, **kwargs)
+        self.n_calls += 1
+        self.n_proposed += len(proposed)
+        return proposed
+
+
+def complete(llama, prompt):
+    return llama.create_completion(prompt, max_tokens=24, temperature=0.0)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(("target", "draft"), [("llama-spm", "gpt-neox"), ("falcon", "llama-spm")])
+def test_llama_gains_a_draft_of_any_vocabulary(folder, target, draft):
+    path = write_speaker(target, folder)
+    alone = Llama(str(path), **SETTINGS)
+    expected = [complete(alone, prompt) for prompt in PROMPTS]
+    drafting = Counting(write_speaker(draft, folder), path, n_threads=1)
+    llama = Llama(str(path), draft_model=drafting, **SETTINGS)
+    assert [complete(llama, prompt) for prompt in PROMPTS] == expected
+    # A call for every pass: less than one for each token.
+    assert drafting.n_proposed > 0
+    assert drafting.n_calls < 0.9 * len(PROMPTS) * 24
+    drafting.close()
+
+
+def test_control_tokens_with_one_name_are_one(tiny):
+    """The chat of a target whose template is ChatML, read by a draft that knows ChatML."""
+    llama = Llama(str(tiny.text), **SETTINGS)
+    drafting = Counting(tiny.text, tiny.text, n_threads=1, n_draft=8)
+    messages = [{"role": "user", "content": "Who are you?"}]
+    expected = llama.create_chat_completion(messages, temperature=0.0, max_tokens=24)
+    ids = llama.tokenize(b"<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n", False, True)
+    said = llama.tokenize(expected["choices"][0]["message"]["content"].encode(), False, False)
+    proposed = drafting(np.array([*ids, said[0]], np.intc))
+    assert proposed.dtype == np.intc
+    assert proposed.tolist() == said[1:9]  # what the model itself says
+    drafting.close()
+
+
+def test_bad_input(folder, tmp_path):
+    path = write_speaker("falcon", folder)
+    with pytest.raises(ModelError, match="No such file"):
+        LlamaDraft(path, tmp_path / "missing.gguf")
+    with pytest.raises(ModelError, match="No such file"):
+        LlamaDraft(tmp_path / "missing.gguf", path)
+    with pytest.raises(ShiftKVError, match="n_draft is 0"):
+        LlamaDraft(path, path, n_draft=0)

@@ -1,0 +1,108 @@
+"""Drafts of every vocabulary for targets of every other, on models that have learned one text by heart."""
+
+from itertools import permutations
+
+import pytest
+from support.speakers import SENTENCES, TEXT, VOCABULARIES, write_speaker
+
+from edge_shiftkv import Runtime
+from edge_shiftkv.speculative.draft import DraftOptions
+
+N_TOKENS = 10
+TIE = 1e-3  # logits
+PROMPTS = [sentence[: sentence.index(" ", len(sentence) // 3) + 1] or sentence for sentence in SENTENCES[:4]]
+PROMPTS += [SENTENCES[4][:9], *(sentence[: len(sentence) // 3] for sentence in SENTENCES[5:])]
+
+
+@pytest.fixture(scope="session")
+def speakers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speakers")
+    return {name: write_speaker(name, folder) for name in VOCABULARIES}
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """What targets draw without a draft, by vocabulary and prompt."""
+    return {}
+
+
+@pytest.fixture
+def target_alone(alone, share_models, speakers, drawn):
+    def get(target, prompt, **options):
+        key = (target, prompt, *options.items())
+        if key not in alone:
+            with Runtime(speakers[target], n_threads=1, n_ctx=256) as runtime:
+                runtime.generate(prompt, raw=True, max_tokens=N_TOKENS, **options)
+            alone[key] = drawn[-1]
+        return alone[key]
+
+    return get
+
+
+@pytest.mark.parametrize("target", VOCABULARIES)
+def test_greedy_answers_in_all_ordered_pairs(target, speakers, target_alone, drawn, record_property):
+    """Six languages and code: two of the prompts for each pair, so that every target and draft meets all."""
+    accepted = ties = 0
+    for i, draft in enumerate(VOCABULARIES):
+        with Runtime(
+            speakers[target], n_threads=1, n_ctx=256, draft=speakers[draft], draft_options=DraftOptions(4)
+        ) as runtime:
+            for prompt in (PROMPTS[i % len(PROMPTS)], PROMPTS[(i + 3) % len(PROMPTS)]):
+                expected = target_alone(target, prompt)
+                figures = runtime.generate(prompt, raw=True, max_tokens=N_TOKENS).figures.draft
+                accepted += figures.accepted
+                for j, (a, b) in enumerate(zip(expected.tokens, drawn[-1].tokens, strict=False)):
+                    if a != b:
+                        assert expected.gaps[j] < TIE, (draft, prompt, j)
+                        ties += 1
+                        break
+    record_property("ties", ties)
+    assert ties <= 2
+    assert accepted > len(VOCABULARIES)
+
+
+@pytest.mark.parametrize("target", ["llama-spm", "qwen2", "gpt-2"])
+def test_a_seed_gives_one_answer_with_drafts_of_any_vocabulary(target, speakers, share_models):
+    requests = [
+        (prompt, {"temperature": temperature, "seed": seed, "max_tokens": 2 * N_TOKENS, "raw": True})
+        for seed, (prompt, temperature) in enumerate(zip(PROMPTS, (0.7, 1.0) * 4, strict=False))
+    ]
+    with Runtime(speakers[target], n_threads=1, n_ctx=256) as runtime:
+        expected = [runtime.generate(prompt, **options).text for prompt, options in requests]
+    accepted = 0
+    for draft in ("gpt-neox", "phi-3", "deepseek-coder"):
+        options = DraftOptions(3)
+        with Runtime(speakers[target], n_threads=1, n_ctx=256, draft=speakers[draft], draft_options=options) as runtime:
+            answers = [runtime.generate(prompt, **options) for prompt, options in requests]
+        assert [answer.text for answer in answers] == expected
+        accepted += sum(answer.figures.draft.accepted for answer in answers)
+    assert accepted > 20
+
+
+@pytest.mark.parametrize(("target", "draft"), [*permutations(("llama-spm", "qwen2", "falcon"), 2)])
+def test_a_draft_of_another_vocabulary_keeps_its_tokens(target, draft, speakers, share_models, monkeypatch):
+    """What it has read and what was accepted is not read again, and stands for the answer's text."""
+    from edge_shiftkv.speculative import draft as module
+
+    holds, read = [], []
+    hold = module._Cache.hold
+
+    def spy(cache, tokens):
+        holds.append(list(tokens))
+        read.append(hold(cache, tokens))
+        return read[-1]
+
+    monkeypatch.setattr(module._Cache, "hold", spy)
+    with Runtime(
+        speakers[target], n_threads=1, n_ctx=512, draft=speakers[draft], draft_options=DraftOptions(4)
+    ) as runtime:
+        answer = runtime.generate(TEXT, raw=True, max_tokens=40)
+        model = runtime._drafting._draft._model
+        said = b"".join(map(model.piece, holds[-1]))
+    assert said.startswith((TEXT.encode(), b" " + TEXT.encode()))
+    rest = said.split(TEXT.encode())[1]
+    assert len(rest) > 20
+    assert answer.text.encode().startswith(rest)
+    assert read[0] == len(holds[0])
+    assert max(read[1:]) <= 12
+    assert sum(read[1:]) / len(read[1:]) < 5
