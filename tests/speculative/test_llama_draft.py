@@ -8,7 +8,7 @@ from support.speakers import SENTENCES, write_speaker
 from edge_shiftkv import ModelError, ShiftKVError
 from edge_shiftkv.speculative.llama_draft import LlamaDraft
 
-SETTINGS = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "verbose": False}
+SETTINGS = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 PROMPTS = (SENTENCES[1], SENTENCES[1][:30], SENTENCES[3])
 
 
