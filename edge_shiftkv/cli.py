@@ -58,7 +58,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--kv-method",
         metavar="NAME",
-        help="how: shiftkv (default), paper, streamingllm, snapkv, keydiff, expected-attention, random",
+        help="how: mixed (default), paper, streamingllm, snapkv, keydiff, expected-attention, random",
     )
     parser.add_argument(
         "-c", "--n-ctx", type=int, metavar="N", help="prompt and answer together (default: the model's)"

@@ -26,7 +26,7 @@ from edge_shiftkv.prompts.messages import Message, parse_messages
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.results import Completion, Figures, FinishReason
 from edge_shiftkv.sampling import Sampler, Sampling
-from edge_shiftkv.selection.methods import Method, ShiftKV, method
+from edge_shiftkv.selection.methods import DEFAULT_METHOD, Method, method
 from edge_shiftkv.selection.results import Selection
 from edge_shiftkv.speculative.draft import DraftOptions
 from edge_shiftkv.speculative.loop import Drafting, SpeculativeDecoder
@@ -154,7 +154,7 @@ class Runtime:
     model: path of a GGUF file.
     mmproj: path of the GGUF file with its vision encoder and projector.
     kv_budget: KV pairs kept of a prompt per layer and KV head, at least 2; None keeps all. Can be set later.
-    kv_method: how they are selected: a configuration, or the name of one in `METHODS`; None takes ShiftKV's. Can be set
+    kv_method: how they are selected: a configuration, or the name of one in `METHODS`; None is "mixed". Can be set
         later.
     n_ctx: the most tokens of prompt and answer together; None takes what the model was trained with.
     type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
@@ -247,7 +247,7 @@ class Runtime:
 
     @kv_method.setter
     def kv_method(self, value: Method | str | None) -> None:
-        self._kv_method: Method = method(value) if isinstance(value, str) else value or ShiftKV()
+        self._kv_method: Method = method(value) if isinstance(value, str) else value or method(DEFAULT_METHOD)
 
     def close(self) -> None:
         """End a running stream and free everything; a second call does nothing."""

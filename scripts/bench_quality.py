@@ -6,7 +6,7 @@
     python scripts/bench_quality.py report demo.jsonl text.jsonl --csv quality.csv --plots docs/quality
 
 A prompt is decoded once; every method and budget then selects from the same cache and answers greedily on its own copy
-of what is kept. A method is a name, with settings where they are not its defaults: ``shiftkv:gamma=3,observed=0.5``.
+of what is kept. A method is a name, with settings where they are not its defaults: ``paper:gamma=3,observed=0.5``.
 ``full`` and ``oracle`` are always measured: the oracle ranks by the attention of the queries that the full cache's
 answer really asked, the most that a ranking by attention after prefill can know. A budget is a number of KV pairs, or
 a share of the prompt such as ``1/8``. `run` goes on where an output file ends. `premise` measures, layer by layer, how
@@ -45,7 +45,7 @@ from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.selection.methods import Method, method
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
-METHODS = ("shiftkv", "snapkv", "keydiff", "expected-attention", "streamingllm", "random")
+METHODS = ("mixed", "paper", "snapkv", "keydiff", "expected-attention", "streamingllm", "random")
 BUDGETS = {"demo": "16 32 64 128 1/8 1/2", "text": "64 128 256 1/8 1/4 1/2"}
 BATCH = 64  # of a context that decodes: a second question is more than one token
 

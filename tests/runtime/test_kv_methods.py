@@ -58,7 +58,7 @@ def test_methods_by_name(tiny, cut):
         cut.kv_method = "h2o"
     assert cut.kv_method == Random()
     cut.kv_method = None
-    assert cut.kv_method == ShiftKV()
+    assert cut.kv_method == METHODS["mixed"]()
 
 
 def test_the_command_line_takes_a_name(tiny, cut, capsys):
@@ -68,7 +68,7 @@ def test_the_command_line_takes_a_name(tiny, cut, capsys):
     cut.kv_method = "streamingllm"
     assert capsys.readouterr().out == f"{cut.generate(PROMPT, [tiny.picture], max_tokens=12).text}\n"
     assert cli.main([*common, "--kv-method", "h2o"]) == 1
-    assert "KV method 'h2o' is not known: use one of shiftkv, paper," in capsys.readouterr().err
+    assert "KV method 'h2o' is not known: use one of mixed, paper," in capsys.readouterr().err
 
 
 @pytest.fixture

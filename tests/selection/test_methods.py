@@ -121,7 +121,7 @@ def test_methods_by_name():
         ExpectedAttention,
         Random,
     ]
-    assert method("shiftkv") == ShiftKV()
+    assert method("paper") == ShiftKV()
 
 
 def test_the_papers_settings_by_name():
@@ -130,5 +130,5 @@ def test_the_papers_settings_by_name():
 
 
 def test_unknown_names_say_which_there_are():
-    with pytest.raises(PromptError, match=r"'snap' is not known: use one of shiftkv, paper, .*snapkv"):
+    with pytest.raises(PromptError, match=r"'snap' is not known: use one of mixed, paper, .*snapkv"):
         method("snap")
