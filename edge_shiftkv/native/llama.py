@@ -156,6 +156,12 @@ class Model:
                 return self._pieces.setdefault(token, buffer.raw[:n])
             size = -n
 
+    @cached_property
+    def sorted_pieces(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+        """What `piece` gives for all tokens, sorted, and the tokens in this order, [n_vocab]."""
+        pieces = sorted((self.piece(token), token) for token in range(self.n_vocab))
+        return [piece for piece, _ in pieces], np.array([token for _, token in pieces])
+
     def ends_generation(self, token: int) -> bool:
         """Whether a token says that the answer is complete."""
         return bool(llama.llama_vocab_is_eog(self._vocab, token))

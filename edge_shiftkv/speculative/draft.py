@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ MOST_DRAFTED = 16
 _BATCH = 512
 _TAIL = 32  # tokens before a text that may have a say in its tokens
 _REENCODED = 4  # tokens that may come out otherwise with the text after them
+_TRIED = 4  # longer tokens in the place of the last one
 _LONGEST_CHARACTER = 4  # bytes
 _SMALLEST_CONTEXT = 256
 _STEP = 512  # contexts grow by multiples of it, as growing forgets what was read
@@ -118,6 +120,8 @@ class Draft:
                 raise ModelError(f"{path}: cannot draft: it is an embedding model")
             self._template = ChatTemplate(self._model)
             self._shared = _share_vocabulary(self._model, target)
+            if not self._shared:
+                _ = self._model.sorted_pieces  # takes a while, once
             self._to_target = Bridge(self._model, target)
             self._to_draft = Bridge(target, self._model)
             self._resources = resources.pop_all()
@@ -200,6 +204,11 @@ class Draft:
         started = time.perf_counter()
         n_read = self._read(n_draft)
         reading_s = model_s = time.perf_counter() - started
+        overlap = len(self._text) - self._n_bytes
+        longer = self._longer_last_token(answer) if n_read else None
+        if longer:
+            overlap = len(self._model.piece(self._tokens[-1]))
+            self._cache.retract()
         drafted: list[int] = []
         chances: list[float] = []
         proposed: list[int] = []
@@ -207,7 +216,10 @@ class Draft:
         n_passes = 0
         while n_read:
             started = time.perf_counter()
-            token, confidence, chance = self._draw(self._cache.logits(), len(answer) + len(proposed))
+            if longer and not drafted:
+                token, confidence, chance = longer
+            else:
+                token, confidence, chance = self._draw(self._cache.logits(), len(answer) + len(proposed))
             model_s += time.perf_counter() - started
             reach *= confidence
             if confidence < self._options.min_confidence or reach < enough:
@@ -215,7 +227,7 @@ class Draft:
             started = time.perf_counter()
             drafted.append(token)
             chances.append(chance)
-            proposed = self._proxies(answer, drafted)
+            proposed = self._proxies(answer, drafted, overlap)
             bridge_s += time.perf_counter() - started
             if len(drafted) == n_draft or len(proposed) >= most or not self._model.piece(token):
                 break
@@ -302,7 +314,9 @@ class Draft:
             self._cache = self._new_cache(n_ctx, n_batch)
 
     def _new_cache(self, n_ctx: int, n_batch: int) -> _Cache:
-        return _Cache(Context(self._model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=self._n_threads))
+        return _Cache(
+            Context(self._model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=self._n_threads, n_outputs=2)
+        )
 
     def _keep_up(self, answer: Sequence[int]) -> None:
         """Let `_tokens` stand for the answer up to its last whole character."""
@@ -321,12 +335,49 @@ class Draft:
             self._n_bytes = len(self._text)
             self._n_fixed = len(self._tokens)
 
-    def _proxies(self, answer: Sequence[int], drafted: Sequence[int]) -> list[int]:
-        """The target's tokens that the drafted ones stand for."""
+    def _longer_last_token(self, answer: Sequence[int]) -> tuple[int, float, float] | None:
+        """A token that begins with the text of the last one read and is more likely, its confidence and probability.
+
+        The end of a target's token can be in the middle of what the draft model knows as one token only: it would not
+        go on from there as it should, as from a line feed that it only knows together with the spaces after it.
+        """
+        if self._shared or len(self._text) > self._n_bytes or len(self._tokens) <= max(1, self._n_fixed):
+            return None
+        last = self._tokens[-1]
+        pieces, tokens = self._model.sorted_pieces
+        piece = self._model.piece(last)
+        start, stop = bisect_right(pieces, piece), bisect_right(pieces, piece + b"\xff" * _LONGEST_CHARACTER)
+        if not piece or start == stop:
+            return None
+        candidates = tokens[start:stop]
+        logits = self._cache.logits(-2)
+        likely = candidates[logits[candidates] > logits[last]]
+        for token in likely[np.argsort(-logits[likely])][:_TRIED]:
+            if self._could_be(answer, self._model.piece(int(token)), len(piece)):
+                weights = np.exp(logits[[last, *candidates]] - logits[token])
+                chance = 1 / float(weights.sum())
+                return int(token), chance, chance
+        return None
+
+    def _could_be(self, answer: Sequence[int], text: bytes, n_held: int) -> bool:
+        """Whether the target would have written its last tokens, of which `n_held` bytes are, were `text` to follow.
+
+        Had it a token that reaches further, it would have taken that one.
+        """
+        start, held = len(answer), b""
+        while start and len(held) < n_held:
+            start -= 1
+            held = self._target.piece(answer[start]) + held
+        before = [*self._before, *answer[max(0, start - _TAIL) : start]][-_TAIL:]
+        tokens = self._to_target.continue_(before, held + text[n_held:])
+        return tokens[: len(answer) - start] == list(answer[start:])
+
+    def _proxies(self, answer: Sequence[int], drafted: Sequence[int], overlap: int) -> list[int]:
+        """The target's tokens for the drafted ones, which begin with the last `overlap` bytes of the answer."""
         if self._shared:
             return [token for token in drafted if token < self._target.n_vocab]
         held = [*self._before, *answer[-_TAIL:]][-_TAIL:]
-        return self._to_target.proxies(held, drafted, overlap=len(self._text) - self._n_bytes)
+        return self._to_target.proxies(held, drafted, overlap=overlap)
 
     def _read(self, n_draft: int) -> int:
         """Read what is new in `_tokens`; return how many tokens that were."""
@@ -430,8 +481,8 @@ class _Cache:
         self._start = self.n_before = 0
         self._context.clear()
 
-    def logits(self) -> npt.NDArray[np.float32]:
-        return self._context.logits()
+    def logits(self, output: int = -1) -> npt.NDArray[np.float32]:
+        return self._context.logits(output)
 
     def prefill(self, prompt: Prompt, projector: Projector | None) -> None:
         """Read a prompt with pictures."""
@@ -449,17 +500,25 @@ class _Cache:
         return n
 
     def hold(self, tokens: Sequence[int]) -> int:
-        """Hold just these, with logits after the last; return how many had to be read."""
+        """Hold just these, with logits after the last two; return how many had to be read."""
         if not tokens:
             return 0
-        n = min(self.n_common(tokens), len(tokens) - 1)
+        n = n_common = max(0, min(self.n_common(tokens), len(tokens) - 2))
         del self._tokens[n:]
         self._context.remove(self._start + n)
-        for i in range(n, len(tokens), self.n_batch):
-            batch = tokens[i : i + self.n_batch]
-            self._context.decode(batch, self._start + i, logits=i + self.n_batch >= len(tokens))
+        # In whole batches but for the first, so that the last two are in one.
+        while n < len(tokens):
+            stop = n + ((len(tokens) - n - 1) % self.n_batch + 1)
+            batch = tokens[n:stop]
+            self._context.decode(batch, self._start + n, logits=min(2, len(batch)) if stop == len(tokens) else 0)
             self._tokens += batch
-        return len(tokens) - n
+            n = stop
+        return len(tokens) - n_common
+
+    def retract(self) -> None:
+        """Forget the last one."""
+        self._tokens.pop()
+        self._context.remove(self._start + len(self._tokens))
 
     def extend(self, token: int) -> None:
         """Hold one more."""
