@@ -35,18 +35,17 @@ class Bridge:
         text = _whole(text, open_bytes)
         if not text:
             return []
-        if open_bytes:
-            # The tokens of the character's first bytes are there already: its last ones are tokens of their own.
-            n_rest = _length(open_bytes[0]) - len(open_bytes)
-            rest = [self._byte_tokens.get(byte) for byte in text[:n_rest]]
-            known = [token for token in rest if token is not None]
-            if len(known) < len(rest) or not text[n_rest:]:
-                return known
-            return [*known, *self.continue_([*held, *known], text[n_rest:])]
         tokens = self._after(before, text)
-        if tokens is None:  # a token of the whole text would reach across the seam
-            tokens = self._alone(text)
-        return tokens
+        if tokens is not None:
+            return tokens
+        # A token of the whole text would reach across the seam.
+        if not open_bytes:
+            return self._alone(text)
+        n_rest = _length(open_bytes[0]) - len(open_bytes)
+        if not self._byte_tokens.keys() >= set(text[:n_rest]):
+            return []
+        rest = [self._byte_tokens[byte] for byte in text[:n_rest]]
+        return [*rest, *self.continue_([*held, *rest], text[n_rest:])]
 
     def proxies(self, held: Sequence[int], drafted: Sequence[int], overlap: int = 0) -> list[int]:
         """Tokens of the destination for `drafted` ones of the source, to continue `held`.
@@ -134,7 +133,7 @@ class Bridge:
         whole = text.decode()
         if not self._has_prefix:
             return self._split(self._destination.tokenize(whole), 0, text) or []
-        if whole.startswith(" ") and whole[1:2] != " ":
+        if whole.startswith(" ") and whole[1:2] not in ("", " "):
             return self._split(self._destination.tokenize(whole[1:]), 0, text) or []
         for anchor in _ANCHORS:
             tokens = self._split(self._destination.tokenize(anchor + whole), 1 + len(anchor), text)

@@ -51,8 +51,8 @@ def stands_for(model: Model, text: str) -> bool:
     return text_of(model, model.tokenize(text)) in (text.encode(), b" " + text.encode())
 
 
-@pytest.mark.parametrize("destination", speakers.VOCABULARIES)
-@pytest.mark.parametrize("source", speakers.VOCABULARIES)
+@pytest.mark.parametrize("destination", speakers.ALL_VOCABULARIES)
+@pytest.mark.parametrize("source", speakers.ALL_VOCABULARIES)
 def test_all_pairs(load: Load, source: str, destination: str) -> None:
     a, b = load(source), load(destination)
     bridge = Bridge(a, b)
@@ -70,39 +70,66 @@ def test_all_pairs(load: Load, source: str, destination: str) -> None:
         assert text_of(b, bridge.proxies([], drafted)) == wanted
 
 
-@pytest.mark.parametrize("name", speakers.VOCABULARIES)
+@pytest.mark.parametrize("name", speakers.ALL_VOCABULARIES)
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_continues_as_the_whole_text_is_tokenized(load: Load, name: str, text: str) -> None:
     model = load(name)
     assert stands_for(model, text)
     whole = model.tokenize(text)
     bridge = Bridge(model, model)
-    for n in range(1, len(whole)):
+    for n in range(1, len(whole)):  # also where a token ends inside a character
         held, rest = whole[:n], text_of(model, whole[n:])
-        if not rest or is_inside_character(text_of(model, held)):
-            continue
         assert bridge.continue_(held, rest) == whole[n:], (held, rest)
 
 
-def is_inside_character(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return True
-    return False
+@pytest.mark.parametrize("name", speakers.ALL_VOCABULARIES)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_drafts_of_any_length(load: Load, name: str, text: str) -> None:
+    """Cut anywhere, inside words and characters: as the text up to there is tokenized, if the seam is in its tokens."""
+    model = load(name)
+    bridge = Bridge(model, model)
+    whole = model.tokenize(text)
+    data = text_of(model, whole)
+    n_prefix = len(data) - len(text.encode())
+    for n in range(1, len(whole)):
+        n_held = len(text_of(model, whole[:n]))
+        for n_draft in (1, 2, 3, 5, 8, 13):
+            draft = data[n_held : n_held + n_draft]
+            got = bridge.continue_(whole[:n], draft)
+            up_to_there = (data[:n_held] + draft)[n_prefix:].decode(errors="ignore")
+            if len(up_to_there.encode()) + n_prefix <= n_held:
+                assert got == []
+                continue
+            wanted = model.tokenize(up_to_there)
+            if wanted[:n] == whole[:n]:
+                assert got == wanted[n:]
+            else:
+                assert text_of(model, got) == text_of(model, wanted)[n_held:]
 
 
-@pytest.mark.parametrize("name", speakers.VOCABULARIES)
-def test_long_texts_need_no_more_than_their_end(load: Load, name: str) -> None:
+@pytest.mark.parametrize("name", speakers.ALL_VOCABULARIES)
+def test_long_texts_need_no_more_than_their_end(load: Load, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(name)
     text = TEXTS["english"] + " "
     whole = model.tokenize(text * 40)
     cut = len(model.tokenize(text * 39 + "The river"))
     rest = text_of(model, whole[cut:])
-    assert Bridge(model, model).continue_(whole[:cut], rest) == whole[cut:]
+    bridge = Bridge(model, model)
+    bridge.continue_([], b"x")  # which looks at the tokenizer, once
+    seen: list[str] = []
+    tokenize = model.tokenize
+
+    def watched(text: str) -> list[int]:
+        seen.append(text)
+        return tokenize(text)
+
+    monkeypatch.setattr(model, "tokenize", watched)
+    draft = rest[:20]
+    assert bridge.continue_(whole[:cut], draft) == tokenize(text * 39 + "The river" + draft.decode())[cut:]
+    assert sum(map(len, seen)) < 64 + len(draft)
 
 
-@pytest.mark.parametrize("name", speakers.VOCABULARIES)
+@pytest.mark.parametrize("name", speakers.ALL_VOCABULARIES)
 def test_a_merge_across_the_boundary(load: Load, name: str) -> None:
     model = load(name)
     held = model.tokenize("We say hel")
@@ -110,7 +137,7 @@ def test_a_merge_across_the_boundary(load: Load, name: str) -> None:
     assert text_of(model, got) == b"lo to them"
 
 
-@pytest.mark.parametrize("name", speakers.VOCABULARIES)
+@pytest.mark.parametrize("name", speakers.ALL_VOCABULARIES)
 @pytest.mark.parametrize("character", ["é", "河", "🌊"])
 def test_a_character_in_two(load: Load, name: str, character: str) -> None:
     model = load(name)
@@ -140,6 +167,41 @@ def test_what_is_held_of_a_character_is_not_said_again(load: Load) -> None:
     assert Bridge(a, b).proxies(held, a.tokenize("x waves"), overlap=1) == []
 
 
+@pytest.mark.parametrize("name", speakers.ALL_VOCABULARIES)
+@pytest.mark.parametrize("spaces", [" ", "  ", "    ", "\n", "\n\n", "\t", " \n "])
+def test_only_white_space(load: Load, name: str, spaces: str) -> None:
+    """Also where nothing, or a control token, is before it."""
+    model = load(name)
+    control = next(token for token, _ in model.control_tokens.values() if not model.piece(token))
+    for held in ([], [control], [*model.tokenize("He is"), control], model.tokenize("He is")):
+        assert text_of(model, Bridge(model, model).continue_(held, spaces.encode())) == spaces.encode()
+
+
+def test_what_a_vocabulary_cannot_say_ends_the_text(load: Load) -> None:
+    model = load("llama-spm")  # whose tokens have this sign for a space
+    got = Bridge(load("qwen2"), model).proxies([], load("qwen2").tokenize("one▁two"))
+    assert text_of(model, got) == b"one"
+
+
+def test_without_the_byte_no_byte_is_skipped(load: Load) -> None:
+    """Of a vocabulary that lacks a byte inside a character, nothing from there on is used."""
+    model = load("gpt-2")
+    bridge = Bridge(model, model)
+    first = bridge._byte_tokens["🌊".encode()[0]]
+    del bridge._byte_tokens["🌊".encode()[2]]
+    # The vocabulary has a token for the first two bytes: the first one alone calls for tokens of single bytes.
+    assert bridge.continue_([first], "🌊".encode()[1:]) == []
+
+
+def test_no_half_character_before_what_cannot_be_said(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp leaves out the bytes that a vocabulary has no tokens for."""
+    model = load("gpt-2")
+    tokenize, last = model.tokenize, model.tokenize("🌊")[-1]
+    monkeypatch.setattr(model, "tokenize", lambda text: [token for token in tokenize(text) if token != last])
+    got = Bridge(model, model).continue_([], "sea 🌊 sea".encode())
+    assert text_of(model, got).rstrip() == b"sea"
+
+
 def test_invalid_bytes_end_the_text(load: Load) -> None:
     model = load("llama-bpe")
     got = Bridge(model, model).continue_([], b"one \xff two")
@@ -147,8 +209,8 @@ def test_invalid_bytes_end_the_text(load: Load) -> None:
     assert Bridge(model, model).continue_([], b"\x80") == []
 
 
-@pytest.mark.parametrize("destination", speakers.VOCABULARIES)
-@pytest.mark.parametrize("source", speakers.VOCABULARIES)
+@pytest.mark.parametrize("destination", speakers.ALL_VOCABULARIES)
+@pytest.mark.parametrize("source", speakers.ALL_VOCABULARIES)
 def test_end_tokens_by_role(load: Load, source: str, destination: str) -> None:
     a, b = load(source), load(destination)
     ends = [token for token in (a.eos, a.eot) if token is not None]

