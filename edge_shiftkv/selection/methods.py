@@ -253,7 +253,7 @@ class Random:
 
 
 METHODS: dict[str, Callable[[], Method]] = {
-    "mixed": lambda: ShiftKV(observed=0.5, window=8, kernel=9),
+    "mixed": lambda: ShiftKV(n_proxy=256, observed=0.5, window=8, kernel=9),
     "paper": ShiftKV,
     "streamingllm": StreamingLLM,
     "snapkv": SnapKV,
