@@ -27,6 +27,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 
 from edge_shiftkv import Completion, Runtime, runtime
+from edge_shiftkv.native.llama import usable_cpus
 from edge_shiftkv.sampling import Outputs, Sampler
 from edge_shiftkv.speculative.draft import Draft, Drafted, DraftOptions
 from edge_shiftkv.speculative.length import MOST
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(range(1, MOST + 1)), metavar="N", help="drafted")
     parser.add_argument("--rules", nargs="+", default=["greedy", *SAMPLING_RULES], metavar="RULE")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (default: none)")
     arguments = parser.parse_args()
     results = Results(arguments.out)
