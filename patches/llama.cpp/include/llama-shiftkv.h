@@ -134,7 +134,8 @@ LLAMA_API int32_t llama_shiftkv_select_scores(struct llama_context * ctx, const 
 
 // Copy the selected KV pairs, bit for bit, into seq_dst of ctx_dst, which holds nothing else afterwards. ctx_dst is ctx or another
 // context of the same model with the same KV types; it needs room for n_kept cells. The source sequence is left as it is,
-// unless it is also the destination. After params.n_prompt tokens decoding goes on at the position after those. Errors: ARGUMENT, NO_SELECTION, STALE, MISMATCH, NO_SPACE, COMPUTE.
+// unless it is also the destination. After params.n_prompt tokens decoding goes on at the position after those.
+// Errors: ARGUMENT, NO_SELECTION, STALE, MISMATCH, NO_SPACE, COMPUTE.
 LLAMA_API int32_t llama_shiftkv_compact(struct llama_context * ctx, struct llama_context * ctx_dst, llama_seq_id seq_dst);
 
 // The last selection, in numbers. Errors: ARGUMENT, NO_SELECTION.

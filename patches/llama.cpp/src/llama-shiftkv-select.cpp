@@ -111,7 +111,7 @@ ggml_tensor * llama_shiftkv_sum_dim1(ggml_context * ctx, ggml_tensor * x) {
     return rest ? ggml_add(ctx, x, rest) : x;
 }
 
-// concatenate along dimension 2
+// concatenate along dimension 2, by halves
 static ggml_tensor * concat_dim2(ggml_context * ctx, std::vector<ggml_tensor *> parts) {
     while (parts.size() > 1) {
         std::vector<ggml_tensor *> next;
@@ -283,18 +283,7 @@ ggml_tensor * llama_shiftkv_scoring::sum_queries(ggml_tensor * q, int64_t n_grou
         parts.push_back(part);
     }
 
-    // concatenate, by halves
-    while (parts.size() > 1) {
-        std::vector<ggml_tensor *> next;
-        for (size_t i = 0; i + 1 < parts.size(); i += 2) {
-            next.push_back(ggml_concat(ctx, parts[i], parts[i + 1], 2));
-        }
-        if (parts.size() % 2 == 1) {
-            next.push_back(parts.back());
-        }
-        parts = std::move(next);
-    }
-    return parts[0];
+    return concat_dim2(ctx, parts);
 }
 
 ggml_tensor * llama_shiftkv_scoring::sum_attention(ggml_tensor * q, ggml_tensor * mask, int64_t n_group) {
