@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from intervals import wilson
 from quality_tasks import SUITES, Case, cases
 from tqdm import tqdm
 
@@ -99,22 +100,21 @@ class Asker:
         """The batch size to decode a prompt with."""
         return prefill_batch(prompt, self._projector)
 
-    def answer(self, context: Context, first: int | Sequence[int], position: int, limit: int) -> tuple[str, int]:
-        """Go on greedily after a token, or after tokens that ask again; return the text and the tokens decoded."""
-        tokens = [first] if isinstance(first, int) else []
-        for start in range(0, 0 if isinstance(first, int) else len(first), BATCH):
-            assert not isinstance(first, int)
-            part = first[start : start + BATCH]
+    def ask(self, context: Context, tokens: Sequence[int], position: int) -> tuple[int, int]:
+        """Decode tokens; return the most likely one after them, and its position."""
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH]
             context.decode(part, position)
             position += len(part)
-        if not tokens:
-            tokens = [int(context.logits().argmax())]
-        n_decoded = 0
+        return int(context.logits().argmax()), position
+
+    def answer(self, context: Context, first: int, position: int, limit: int) -> tuple[str, int]:
+        """Go on greedily after the answer's first token; return the text and the number of tokens decoded."""
+        tokens = [first]
         while not self.model.ends_generation(tokens[-1]) and len(tokens) < limit:
-            context.decode(tokens[-1:], position)
-            position += 1
-            n_decoded += 1
-            tokens.append(int(context.logits().argmax()))
+            following, position = self.ask(context, tokens[-1:], position)
+            tokens.append(following)
+        n_decoded = len(tokens) - 1
         if self.model.ends_generation(tokens[-1]):
             tokens.pop()
         return b"".join(map(self.model.piece, tokens)).decode(errors="replace").strip(), n_decoded
@@ -162,12 +162,18 @@ def ask(asker: Asker, suite: str, case: Case, methods: dict[str, Method], budget
         with closing(asker.context(n_prompt + room, asker.batch(prompt))) as large:
             shiftkv.capture(large, shiftkv.MAX_QUERY)
             position = asker.prefill(large, prompt)
-            begin: int | Sequence[int] = second or int(large.logits().argmax())
+            first = int(large.logits().argmax())
+
+            def answer_in(context: Context, position: int) -> tuple[str, int]:
+                token = first
+                if second:
+                    token, position = asker.ask(context, second, position)
+                return asker.answer(context, token, position, case.max_tokens)
 
             def on_kept(label: str, budget: str, n_budget: int, seconds: float) -> Row:
                 with closing(asker.context(n_budget + room)) as small:
                     where = shiftkv.compact(large, small)
-                    text, _ = asker.answer(small, begin, where, case.max_tokens)
+                    text, _ = answer_in(small, where)
                 row = {"method": label, "budget": budget, "n_budget": n_budget, "select_s": seconds}
                 return {**common, **row, "score": case.score(text), "answer": text}
 
@@ -178,7 +184,7 @@ def ask(asker: Asker, suite: str, case: Case, methods: dict[str, Method], budget
                     started = time.perf_counter()
                     shiftkv.select(large, chosen.params(size, asker.model.architecture))
                     yield on_kept(label, text, size, time.perf_counter() - started)
-            text, n_decoded = asker.answer(large, begin, position, case.max_tokens)
+            text, n_decoded = answer_in(large, position)
             row = {"method": "full", "budget": "all", "n_budget": n_prompt, "select_s": 0.0}
             yield {**common, **row, "score": case.score(text), "answer": text}
             if not second and n_decoded:
@@ -266,9 +272,7 @@ class Mean:
     @classmethod
     def of(cls, scores: Sequence[float]) -> Mean:
         """Wilson's interval; for scores between 0 and 1 it is wider than needed."""
-        n, p, z = len(scores), sum(scores) / len(scores), 1.96
-        centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return cls(n, p, (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n))
+        return cls(len(scores), sum(scores) / len(scores), *wilson(sum(scores), len(scores)))
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
@@ -279,7 +283,7 @@ def report(args: argparse.Namespace) -> None:
     groups: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     order: dict[str, float] = {}
     for row in read(args.files):
-        tasks = {row["task"], "all tasks"} if not row["suite"].endswith("second") else {row["task"]}
+        tasks = [row["task"]] if row["suite"].endswith("second") else ["all tasks", row["task"]]
         for task in tasks:
             groups[row["suite"], task][row["method"], row["budget"]].append(row["score"])
         order[row["budget"]] = max(order.get(row["budget"], 0), row["n_budget"])

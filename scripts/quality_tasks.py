@@ -97,6 +97,7 @@ _NAMES = (
 _PLACES = "Lisbon Oslo Vienna Dublin Prague Athens Warsaw Madrid Helsinki Zagreb Riga Geneva Naples Lyon Porto Bergen"
 _THINGS = "violin telescope bicycle lantern compass suitcase umbrella painting clock teapot ladder camera"
 _COLOURS = "red blue green yellow black white purple orange brown grey pink silver"
+_ASK_CODE = "What is the access code of {}? Answer with the code only."
 _FILLER = (
     "The ferry was late again and nobody on the pier knew why.",
     "Rain had fallen since the early morning, and the streets were quiet.",
@@ -134,7 +135,7 @@ def _one_code(seed: int, n_tokens: int) -> Case:
     rng = random.Random(f"code {seed}")
     codes, facts = _code_facts(rng, 12)
     name = rng.choice(list(codes))
-    prompt = f"{_spread(rng, facts, n_tokens)}\n\nWhat is the access code of {name}? Answer with the code only."
+    prompt = f"{_spread(rng, facts, n_tokens)}\n\n{_ASK_CODE.format(name)}"
     return Case("code", seed, (), prompt, (codes[name],), 16)
 
 
@@ -181,16 +182,15 @@ def _two_codes(seed: int, n_tokens: int) -> Case:
     rng = random.Random(f"second {seed}")
     codes, facts = _code_facts(rng, 12)
     first, second = rng.sample(list(codes), 2)
-    ask = "What is the access code of {}? Answer with the code only."
     return Case(
         "code after code",
         seed,
         (),
-        f"{_spread(rng, facts, n_tokens)}\n\n{ask.format(first)}",
+        f"{_spread(rng, facts, n_tokens)}\n\n{_ASK_CODE.format(first)}",
         (codes[second],),
         16,
         first_answer=codes[first],
-        second_prompt=ask.format(second),
+        second_prompt=_ASK_CODE.format(second),
     )
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from demo_documents import CELL, CHARS, GRID, SIZE, TASKS, WORDINGS, Document, Question, make_document
+from intervals import wilson
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -309,14 +310,6 @@ def load(checkpoint: Path) -> DemoVLM:
     model = DemoVLM()
     model.load_state_dict(torch.load(checkpoint)["model"])
     return model.eval()
-
-
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's score."""
-    z2 = 1.96**2
-    middle = (right + z2 / 2) / (asked + z2)
-    half = math.sqrt(z2 * (right * (asked - right) / asked + z2 / 4)) / (asked + z2)
-    return middle - half, middle + half
 
 
 @torch.inference_mode()
