@@ -1,13 +1,14 @@
 """Measure what cutting the KV cache costs and saves; prints Markdown tables.
 
-    python scripts/bench_kv.py selection -m MODEL    # the selection's share of prefill time, and what capturing costs
+    python scripts/bench_kv.py selection -m MODEL    # each method's share of prefill time, and what capturing costs
     python scripts/bench_kv.py decode                # decode time against prompt length: full cache and cut cache
     python scripts/bench_kv.py memory -m MODEL       # KV bytes and resident memory, before and after the cut
 
 Contexts are made, filled, cut and freed as `edge_shiftkv.Runtime` does it. What is compared is measured alternately in
 one run: figures are medians over rounds, ratios are medians of the rounds' ratios with their quartiles. The prompts are
-Python source. Without -m, `decode` uses a model with random weights and the shape of LLaVA-7B's layers, kept in the
-build's cache directory. On a machine that is not idle, --cpu-time measures what one thread takes.
+Python source. A method is a name, with settings where they are not its defaults: ``paper:n_proxy=128``; `decode` and
+`memory` take the default one. Without -m, `decode` uses a model with random weights and the shape of LLaVA-7B's layers,
+kept in the build's cache directory. On a machine that is not idle, --cpu-time measures what one thread takes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import synthetic_gguf
+from kv_methods import configured
 
 from edge_shiftkv.build import default_cache_dir
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context, Model
-from edge_shiftkv.selection.methods import ShiftKV
+from edge_shiftkv.selection.methods import DEFAULT_METHOD, METHODS, Method, method
 
 PREFILL_BATCH = 512
 REFERENCE_TOKENS = 256
@@ -77,9 +79,9 @@ class Bench:
             shiftkv.compact(source, context)
             yield context
 
-    def select(self, context: Context, budget: int, n_proxy: int = ShiftKV.n_proxy) -> None:
+    def select(self, context: Context, budget: int, chosen: Method) -> None:
         """Select `budget` pairs of the captured prompt."""
-        shiftkv.select(context, ShiftKV(n_proxy=n_proxy).params(budget, self._model.architecture))
+        shiftkv.select(context, chosen.params(budget, self._model.architecture))
 
     def seconds(self, function: Callable[..., None], *arguments: Any) -> float:
         """The time that a call takes."""
@@ -97,14 +99,14 @@ def prefill(context: Context, tokens: Sequence[int], start: int = 0) -> None:
 
 
 def measure_selection(
-    bench: Bench, n_prompt: int, budget: int, n_proxies: Sequence[int], rounds: int
-) -> tuple[list[float], list[float], dict[int, list[float]], dict[int, list[float]]]:
-    """Return the rounds' seconds: prefill without and with capture, then by `n_proxies` selection and hand-over."""
+    bench: Bench, n_prompt: int, budget: int, methods: dict[str, Method], rounds: int
+) -> tuple[list[float], list[float], dict[str, list[float]], dict[str, list[float]]]:
+    """Return the rounds' seconds: prefill without and with capture, then by method selection and hand-over."""
     tokens = bench.prompt(n_prompt)
     plain: list[float] = []
     captured: list[float] = []
-    select: dict[int, list[float]] = {n: [] for n in n_proxies}
-    hand_over: dict[int, list[float]] = {n: [] for n in n_proxies}
+    select: dict[str, list[float]] = {name: [] for name in methods}
+    hand_over: dict[str, list[float]] = {name: [] for name in methods}
 
     def without_capture() -> None:
         with bench.context(n_prompt, PREFILL_BATCH) as context:
@@ -112,14 +114,14 @@ def measure_selection(
 
     def with_capture() -> None:
         with bench.context(n_prompt, PREFILL_BATCH) as context:
-            shiftkv.capture(context)
+            shiftkv.capture(context, max(chosen.n_query for chosen in methods.values()))
             captured.append(bench.seconds(prefill, context, tokens))
-            for n_proxy in n_proxies:
-                select[n_proxy].append(bench.seconds(bench.select, context, budget, n_proxy))
+            for name, chosen in methods.items():
+                select[name].append(bench.seconds(bench.select, context, budget, chosen))
                 started = bench.clock()
                 with bench.handed_over(context):
                     shiftkv.kept(context)
-                    hand_over[n_proxy].append(bench.clock() - started)
+                    hand_over[name].append(bench.clock() - started)
 
     for i in range(rounds):
         order = (without_capture, with_capture)
@@ -129,31 +131,32 @@ def measure_selection(
 
 
 def selection(options: argparse.Namespace) -> list[Row]:
-    """The selection's share of prefill time."""
+    """Each method's share of prefill time."""
     rows: list[Row] = []
+    methods = {text: configured(text) for text in options.methods}
     with closing(Bench(options.model, options.threads, options.clock)) as bench:
-        measure_selection(bench, 2 * PREFILL_BATCH, options.budget, options.proxies[:1], 1)  # warm-up
+        measure_selection(bench, 2 * PREFILL_BATCH, options.budget, methods, 1)  # warm-up
         for n_prompt in options.tokens:
             plain, captured, select, hand_over = measure_selection(
-                bench, n_prompt, options.budget, options.proxies, options.rounds
+                bench, n_prompt, options.budget, methods, options.rounds
             )
             capture = ratio(captured, plain)
-            for n_proxy in options.proxies:
-                both = [sum(pair) for pair in zip(select[n_proxy], hand_over[n_proxy], strict=True)]
+            for name in methods:
+                both = [sum(pair) for pair in zip(select[name], hand_over[name], strict=True)]
                 rows.append(
                     {
                         "Prompt tokens": n_prompt,
-                        "Proxies": n_proxy,
+                        "Method": name,
                         "Prefill, s": f"{np.median(plain):.2f}",
                         "Prefill with / without capture": capture,
-                        "Selection, s": f"{np.median(select[n_proxy]):.3f}",
-                        "Hand-over, s": f"{np.median(hand_over[n_proxy]):.3f}",
+                        "Selection, s": f"{np.median(select[name]):.3f}",
+                        "Hand-over, s": f"{np.median(hand_over[name]):.3f}",
                         "Both / prefill": ratio(both, plain, percent=True),
                         ROUNDS: {
                             "prefill": plain,
                             "prefill with capture": captured,
-                            "selection": select[n_proxy],
-                            "hand-over": hand_over[n_proxy],
+                            "selection": select[name],
+                            "hand-over": hand_over[name],
                         },
                     }
                 )
@@ -191,23 +194,24 @@ def decode(options: argparse.Namespace) -> list[Row]:
     """Decode time per token against prompt length."""
     rows: list[Row] = []
     lengths = sorted(options.tokens)
+    chosen = method(DEFAULT_METHOD)
     path = options.model or synthetic_model(options.layers)
     with (
         closing(Bench(path, options.threads, options.clock)) as bench,
         bench.context(lengths[-1], PREFILL_BATCH) as large,
     ):
         tokens = bench.prompt(lengths[-1])
-        shiftkv.capture(large)
+        shiftkv.capture(large, chosen.n_query)
         prefill(large, tokens[:REFERENCE_TOKENS])
-        bench.select(large, REFERENCE_TOKENS)  # keeps all
+        bench.select(large, REFERENCE_TOKENS, chosen)  # keeps all
         with bench.handed_over(large) as reference:
             n_past = REFERENCE_TOKENS
             for n_prompt in lengths:
                 prefill(large, tokens[:n_prompt], n_past)
                 n_past = n_prompt
-                bench.select(large, n_prompt)
+                bench.select(large, n_prompt, chosen)
                 with bench.handed_over(large) as full:
-                    bench.select(large, options.budget)
+                    bench.select(large, options.budget, chosen)
                     with bench.handed_over(large) as cut:
                         contexts = {
                             "full": (full, n_prompt),
@@ -265,14 +269,15 @@ def measure_memory(options: argparse.Namespace) -> list[Row]:
         )
 
     n_prompt, budget = options.tokens, options.budget
+    chosen = method(DEFAULT_METHOD)
     with closing(Bench(options.model, options.threads)) as bench, ExitStack() as decoding:
         tokens = bench.prompt(n_prompt)
         stage("Model loaded")
         with bench.context(n_prompt, PREFILL_BATCH) as large:
-            shiftkv.capture(large)
+            shiftkv.capture(large, chosen.n_query)
             prefill(large, tokens)
             stage(f"{n_prompt} tokens read", (large, n_prompt))
-            bench.select(large, budget)
+            bench.select(large, budget, chosen)
             small = decoding.enter_context(bench.handed_over(large))
             stage(f"{budget} pairs handed over", (large, n_prompt), (small, budget))
         stage("Large context freed", (small, budget))
@@ -328,7 +333,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     command = add(selection, required=True, help="a GGUF file")
     command.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="of the prompts")
-    command.add_argument("--proxies", type=int, nargs="+", default=[512, 256, 128], help="per layer")
+    command.add_argument("--methods", nargs="+", default=list(METHODS))
     command.add_argument("--rounds", type=int, default=3)
     add_cpu_time(command)
 

@@ -8,10 +8,11 @@
 A prompt is decoded once; every method and budget then selects from the same cache and answers greedily on its own copy
 of what is kept. A method is a name, with settings where they are not its defaults: ``paper:gamma=3,observed=0.5``.
 ``full`` and ``oracle`` are always measured: the oracle ranks by the attention of the queries that the full cache's
-answer really asked, the most that a ranking by attention after prefill can know. A budget is a number of KV pairs, or
-a share of the prompt such as ``1/8``. `run` goes on where an output file ends. `premise` measures, layer by layer, how
-much wider hidden states and queries spread in the answer than in the prompt. `report` prints Markdown tables: mean
-score in percent, 95 % interval (Wilson). Needs the ``bench`` extra.
+answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3``
+is a ranking in numpy, see kv_prototypes.py. A budget is a number of KV pairs, or a share of the prompt such as ``1/8``.
+`run` goes on where an output file ends. `premise` measures, layer by layer, how much wider hidden states and queries
+spread in the answer than in the prompt. `report` prints Markdown tables: mean score in percent, 95 % interval (Wilson).
+Needs the ``bench`` extra.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from intervals import wilson
+from kv_methods import configured
+from kv_prototypes import Answered, Ranking, oracle, prototype
 from quality_tasks import SUITES, Case, cases
 from tqdm import tqdm
 
@@ -43,11 +45,12 @@ from edge_shiftkv.native.mtmd import Projector, TextChunk
 from edge_shiftkv.prompts.chat import ChatTemplate
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.selection.methods import Method, method
+from edge_shiftkv.selection.methods import Method
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 METHODS = ("mixed", "paper", "snapkv", "keydiff", "expected-attention", "streamingllm", "random")
 BUDGETS = {"demo": "16 32 64 128 1/8 1/2", "text": "64 128 256 1/8 1/4 1/2"}
+PROTOTYPE = "prototype:"
 BATCH = 64  # of a context that decodes: a second question is more than one token
 
 Row = dict[str, Any]
@@ -58,6 +61,7 @@ class Asker:
 
     def __init__(self, model: Path, mmproj: Path | None, n_threads: int) -> None:
         self._resources = ExitStack()
+        self.path = model
         self.model = Model(model, n_gpu_layers=-1)
         self._resources.callback(self.model.close)
         self._projector: Projector | None = None
@@ -123,36 +127,19 @@ class Asker:
         return Prompt(self._template.parts(messages), self.model, self._projector)
 
 
-def oracle(context: Context, n_prompt: int, n_decoded: int) -> dict[int, npt.NDArray[np.float32]]:
-    """Layer -> scores [n_head_kv, n_prompt]: the mean attention of the last `n_decoded` queries, those of an answer."""
-    result = {}
-    for layer in shiftkv.layers(context):
-        shape = shiftkv.shape(context, layer)
-        q = shiftkv.queries(context, layer)[-n_decoded:]
-        k = shiftkv.keys(context, layer)[: n_prompt + n_decoded]
-        grouped = q.reshape(len(q), shape.n_head_kv, -1, shape.n_embd_head).transpose(1, 2, 0, 3)
-        logits = grouped @ k.transpose(1, 2, 0)[:, None] / math.sqrt(shape.n_embd_head)
-        later = np.arange(len(k)) > n_prompt + n_decoded - len(q) + np.arange(len(q))[:, None]
-        weights = np.exp(np.where(later, -np.inf, logits - logits.max(-1, keepdims=True)))
-        weights /= weights.sum(-1, keepdims=True)
-        result[layer] = weights[..., :n_prompt].mean((1, 2))
-    return result
-
-
-def configured(text: str) -> Method:
-    """The method of a name, or of a name with settings."""
-    name, _, settings = text.partition(":")
-    found = method(name)
-    pairs = (setting.split("=") for setting in settings.split(",") if setting)
-    return replace(found, **{key: json.loads(value) for key, value in pairs})  # type: ignore[type-var]
-
-
 def budget_of(text: str, n_prompt: int) -> int:
     """The KV pairs that a budget means for a prompt."""
     return max(2, int(Fraction(text) * n_prompt)) if "/" in text else int(text)
 
 
-def ask(asker: Asker, suite: str, case: Case, methods: dict[str, Method], budgets: Sequence[str]) -> Iterator[Row]:
+def ask(
+    asker: Asker,
+    suite: str,
+    case: Case,
+    methods: dict[str, Method],
+    prototypes: dict[str, Ranking],
+    budgets: Sequence[str],
+) -> Iterator[Row]:
     """All answers to one case."""
     with closing(asker.prompt(case)) as prompt:
         n_prompt = prompt.n_tokens
@@ -188,12 +175,13 @@ def ask(asker: Asker, suite: str, case: Case, methods: dict[str, Method], budget
             row = {"method": "full", "budget": "all", "n_budget": n_prompt, "select_s": 0.0}
             yield {**common, **row, "score": case.score(text), "answer": text}
             if not second and n_decoded:
-                ranking = oracle(large, n_prompt, n_decoded)
-                for text, size in sizes:
-                    params = shiftkv.default_params(shiftkv.Method.RANDOM)
-                    params.budget, params.n_prompt = size, n_prompt
-                    shiftkv.select_scores(large, params, ranking)
-                    yield on_kept("oracle", text, size, 0.0)
+                answered = Answered(large, asker.path, n_prompt, n_decoded)
+                for label, ranking in prototypes.items():
+                    for text, size in sizes:
+                        params = shiftkv.default_params(shiftkv.Method.RANDOM)
+                        params.budget, params.n_prompt = size, n_prompt
+                        shiftkv.select_scores(large, params, ranking(answered, size))
+                        yield on_kept(label, text, size, 0.0)
 
 
 def spread(rows: npt.NDArray[np.float32]) -> float:
@@ -242,13 +230,16 @@ def asker_of(args: argparse.Namespace) -> Asker:
 def run(args: argparse.Namespace) -> None:
     """Ask what was not asked before, and append the answers to the file."""
     kind = "demo" if args.suite.startswith("demo") else "text"
-    methods = {text: configured(text) for text in args.methods}
+    methods = {text: configured(text) for text in args.methods if not text.startswith(PROTOTYPE)}
+    prototypes = {text: prototype(text[len(PROTOTYPE) :]) for text in args.methods if text.startswith(PROTOTYPE)}
+    prototypes["oracle"] = oracle
     done = {(row["suite"], row["task"], row["seed"]) for row in read([args.out])} if args.out.exists() else set()
     todo = list(cases(args.suite, args.cases, args.first_seed, args.tokens))
     todo = [case for case in todo if (args.suite, case.task, case.seed) not in done]
     with closing(asker_of(args)) as asker, args.out.open("a") as out:
         for case in tqdm(todo, unit="case"):
-            rows = list(ask(asker, args.suite, case, methods, args.budgets or BUDGETS[kind].split()))
+            budgets = args.budgets or BUDGETS[kind].split()
+            rows = list(ask(asker, args.suite, case, methods, prototypes, budgets))
             out.writelines(json.dumps(row) + "\n" for row in rows)  # whole cases only: a file can be gone on with
             out.flush()
 

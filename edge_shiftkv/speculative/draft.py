@@ -36,6 +36,7 @@ _TAIL = 32  # tokens before a text that may have a say in its tokens
 _REENCODED = 4  # tokens that may come out otherwise with the text after them
 _TRIED = 4  # longer tokens in the place of the last one
 _LONGEST_CHARACTER = 4  # bytes
+_JUDGED = 16  # tokens of an answer that a draft is judged by
 _SMALLEST_CONTEXT = 256
 _STEP = 512  # contexts grow by multiples of it, as growing forgets what was read
 _PADDING = 512  # tokens without text that one model of a family may have more than another
@@ -86,6 +87,20 @@ class Drafted:
     reading_s: float = 0.0
     model_s: float = 0.0
     bridge_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the draft model would have written, had it been asked.
+
+    n, n_agreed: tokens of the answer that it was asked about, and those that it would have written, too.
+    n_read, seconds: tokens that it read, at once, and the time it all took.
+    """
+
+    n: int
+    n_agreed: int
+    n_read: int
+    seconds: float
 
 
 class Draft:
@@ -187,6 +202,30 @@ class Draft:
         """About how many tokens have to be read before the next draft; `answer` are the target's tokens so far."""
         n = self._prompt.n_tokens if self._prompt else len(self._tokens) - self._cache.n_common(self._tokens)
         return n + len(answer) - self._n_taken
+
+    def judge(self, answer: Sequence[int]) -> Judged:
+        """Read what is new, which the next draft needs not do then, and tell how well it was foreseen.
+
+        answer: the target's tokens so far.
+
+        Raises ShiftKVError when llama.cpp fails.
+        """
+        started = time.perf_counter()
+        self._keep_up(answer)
+        n_read = self._read(0, _JUDGED)
+        n_answer = len(self._tokens) - self._n_fixed
+        places = self._places(answer)
+        agreed = []
+        for i in range(1, min(_JUDGED, n_read, n_answer)):
+            place = places.get(i)
+            if self._rule != "coupled":
+                token = int(np.argmax(self._cache.logits(-1 - i)))
+            elif place is not None:
+                token, _, _ = self._draw(self._cache.logits(-1 - i), place)
+            else:  # the draw would have begun elsewhere
+                continue
+            agreed.append(token == self._tokens[-i])
+        return Judged(len(agreed), sum(agreed), n_read, time.perf_counter() - started)
 
     def propose(self, answer: Sequence[int], n_draft: int, most: int, enough: float = 0.0) -> Drafted:
         """Draft how the answer goes on.
@@ -314,8 +353,9 @@ class Draft:
             self._cache = self._new_cache(n_ctx, n_batch)
 
     def _new_cache(self, n_ctx: int, n_batch: int) -> _Cache:
+        n_threads = self._n_threads
         return _Cache(
-            Context(self._model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=self._n_threads, n_outputs=2)
+            Context(self._model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=n_threads, n_outputs=_JUDGED)
         )
 
     def _keep_up(self, answer: Sequence[int]) -> None:
@@ -372,6 +412,22 @@ class Draft:
         tokens = self._to_target.continue_(before, held + text[n_held:])
         return tokens[: len(answer) - start] == list(answer[start:])
 
+    def _places(self, answer: Sequence[int]) -> dict[int, int]:
+        """The places in the answer where the last tokens held begin, counted from 1 backwards, as far as one does."""
+        if self._shared:
+            return {i: len(answer) - i for i in range(1, _JUDGED)}
+        starts, n_bytes = {}, 0
+        for place in range(len(answer) - 1, max(-1, len(answer) - 2 * _JUDGED), -1):
+            n_bytes += len(self._target.piece(answer[place]))
+            starts[n_bytes] = place
+        n_bytes = len(self._text) - self._n_bytes
+        places = {}
+        for i, token in enumerate(reversed(self._tokens[-_JUDGED:]), 1):
+            n_bytes += len(self._model.piece(token))
+            if n_bytes in starts:
+                places[i] = starts[n_bytes]
+        return places
+
     def _proxies(self, answer: Sequence[int], drafted: Sequence[int], overlap: int) -> list[int]:
         """The target's tokens for the drafted ones, which begin with the last `overlap` bytes of the answer."""
         if self._shared:
@@ -379,8 +435,8 @@ class Draft:
         held = [*self._before, *answer[-_TAIL:]][-_TAIL:]
         return self._to_target.proxies(held, drafted, overlap=overlap)
 
-    def _read(self, n_draft: int) -> int:
-        """Read what is new in `_tokens`; return how many tokens that were."""
+    def _read(self, n_draft: int, n_outputs: int = 2) -> int:
+        """Read what is new in `_tokens`, with logits after the last `n_outputs`; return how many tokens that were."""
         n_read = 0
         if self._prompt:
             n_read = self._prompt.n_tokens
@@ -394,7 +450,7 @@ class Draft:
             self._n_fixed = max(0, self._n_fixed - max(0, dropped)) + len(bos)
             if self._cache.n_before:
                 self._cache.clear()
-        return n_read + self._cache.hold(self._tokens)
+        return n_read + self._cache.hold(self._tokens, n_outputs)
 
     def _draw(self, logits: npt.NDArray[np.float32], place: int) -> tuple[int, float, float]:
         """The token drafted at `place` in the answer, the confidence that the target agrees, its probability."""
@@ -499,18 +555,22 @@ class _Cache:
             n += 1
         return n
 
-    def hold(self, tokens: Sequence[int]) -> int:
-        """Hold just these, with logits after the last two; return how many had to be read."""
+    def hold(self, tokens: Sequence[int], n_outputs: int = 2) -> int:
+        """Hold just these; return how many had to be read.
+
+        There are logits after the last two, and after up to `n_outputs` of those that were read.
+        """
         if not tokens:
             return 0
         n = n_common = max(0, min(self.n_common(tokens), len(tokens) - 2))
         del self._tokens[n:]
         self._context.remove(self._start + n)
-        # In whole batches but for the first, so that the last two are in one.
+        # In whole batches but for the first, so that those with logits are in one.
         while n < len(tokens):
             stop = n + ((len(tokens) - n - 1) % self.n_batch + 1)
             batch = tokens[n:stop]
-            self._context.decode(batch, self._start + n, logits=min(2, len(batch)) if stop == len(tokens) else 0)
+            logits = min(n_outputs, len(batch)) if stop == len(tokens) else 0
+            self._context.decode(batch, self._start + n, logits=logits)
             self._tokens += batch
             n = stop
         return len(tokens) - n_common

@@ -1,9 +1,10 @@
 """How many tokens to draft next: as many as pay, by what drafts and target passes were measured to cost.
 
 A round drafts n tokens and gives E(n) tokens of the answer for the seconds C(n); a plain round gives one for c(1). The
-best n has the highest E(n) / C(n). As long as too little is known, and now and then when drafts do not pay, a round
-drafts to find out. All that such rounds lose is kept below a small share of the time decoding takes, so that a draft
-which never agrees costs no more than that.
+best n has the highest E(n) / C(n). Whether drafts will be accepted differs from answer to answer: where they do not
+seem to pay, the draft model now and then reads what the target wrote without it and is judged by how much of that it
+would have written, which costs a fraction of a pass. All that judging and drafting lose is kept below a small share of
+the time decoding takes, so that a draft which never agrees costs no more than that.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median_low
 
-from edge_shiftkv.speculative.draft import Drafted
+from edge_shiftkv.speculative.draft import Drafted, Judged
 
 MOST = 8
 """The most tokens drafted in a round, if no other number is set."""
 
-_LOSS = 0.015  # share of decoding time that drafts may lose
+_LOSS = 0.02  # share of decoding time that drafts may lose
 _MARGIN = 1.03  # a draft has to be expected to be better than none by this factor
-_MEMORY = 0.93  # weight of what was accepted before, per round
+_MEMORY = 0.93  # weight of what was accepted before, per round or token judged
 _PRIOR = (3.0, 2.0)  # accepted and rejected tokens, before there were any
-_TRUSTED = 12  # rounds with a draft after which the acceptance is known
-_WAIT, _LONGEST_WAIT = 16, 1024  # tokens between rounds that try a draft that does not pay
+_CARRIED = 5.0  # weight, in tokens, that earlier answers have for the acceptance in a new one
+_WAIT, _LONGEST_WAIT = 10, 1024  # tokens without a draft until it is judged
+_CREDIT = 16  # plain passes that drafts gained and may lose again
+_SLOPE = 0.12  # plain passes that a longer pass takes more per token, at most, as long as it is not measured
 _REST = 4  # rounds without another thought, after one that was not worth a draft
 _REFRESH = 256  # tokens after which one plain pass is measured
 _FORESEEN = 128  # tokens that an answer is expected to go on for, at most
@@ -37,10 +40,12 @@ class Plan:
 
     n_draft: tokens to draft; 0 decodes without.
     enough: a draft ends when the probability that all of it is accepted, by its own confidence, falls below this.
+    judge: the draft model is to be judged first, and the round to be planned again.
     """
 
     n_draft: int
     enough: float = 0.0
+    judge: bool = False
 
 
 class _Recent:
@@ -71,8 +76,7 @@ class DraftLength:
         self._draft_prompt_token = _Recent()
         self._accepted, self._rejected = _PRIOR
         self._proxies_per_token = 1.0
-        self._drafted_rounds = 0
-        self._since_plain = self._since_draft = 0
+        self._since_plain = self._since_seen = 0
         self._wait = _WAIT
         self._seconds = 0.0
         self._lost = 0.0
@@ -87,7 +91,10 @@ class DraftLength:
     def begin(self) -> None:
         """Begin an answer."""
         self._invested = 0.0
-        self._rest = 0
+        self._rest = self._since_seen = 0
+        self._wait = _WAIT
+        self._is_judged = False
+        self._forget(min(1.0, _CARRIED / (self._accepted + self._rejected)))
 
     def plan(self, *, remaining: int, unread: Callable[[], int]) -> Plan:
         """Decide on the next round.
@@ -119,15 +126,24 @@ class DraftLength:
         saved = plain - 1 / self._rate(n)
         allowed = _LOSS * (self._seconds + foreseen * plain)
         pays = self._rate(n) * plain > _MARGIN and saved * foreseen > 2 * reading
-        known = self._drafted_rounds >= _TRUSTED
         # What was spent on reading in this answer may still come in.
-        if pays and (self._lost - self._invested if known else self._lost + reading) < allowed:
+        if pays and (self._lost - self._invested if self._is_judged else self._lost + reading) < allowed:
             return self._worth(n)
-        if self._since_draft < self._wait:
-            return Plan(0)
-        # The shortest draft that tells something, if it can be afforded should all of it be rejected.
-        expected_loss = reading + self._seconds_of(2) - plain
-        return self._worth(2) if self._lost + expected_loss < allowed else Plan(0)
+        return Plan(0, judge=self._since_seen >= self._wait and self._lost + reading < allowed)
+
+    def judged(self, judged: Judged) -> None:
+        """Note how well the draft model foresaw the answer."""
+        self._lost += judged.seconds
+        self._invested += judged.seconds
+        self._seconds += judged.seconds
+        self._is_judged = True
+        self._rest = self._since_seen = 0
+        self._wait = min(2 * self._wait, _LONGEST_WAIT)
+        if judged.n_read >= MOST:
+            self.read(judged.n_read, judged.seconds)
+        self._forget(_MEMORY**judged.n)
+        self._accepted += judged.n_agreed
+        self._rejected += judged.n - judged.n_agreed
 
     def read(self, n_tokens: int, seconds: float) -> None:
         """Note that the draft model read tokens at once."""
@@ -144,7 +160,7 @@ class DraftLength:
         self._curve = None
         self._seconds += round_s
         self._since_plain += n_drawn
-        self._since_draft += n_drawn
+        self._since_seen += n_drawn
         if n_proposed == 0:
             self._since_plain = 0
         if drafted.n_read == 0:
@@ -155,14 +171,19 @@ class DraftLength:
             loss = round_s - n_drawn * plain
             self._wait = _WAIT if loss < 0 else min(2 * self._wait, _LONGEST_WAIT)
             # What drafts gained may be lost again, but not much of it.
-            self._lost = max(self._lost + loss, -_WAIT * plain)
+            self._lost = max(self._lost + loss, -_CREDIT * plain)
             self._invested += drafted.reading_s
-        self._since_draft = 0
-        self._drafted_rounds += 1
+        self._since_seen = 0
         if drafted.n_drafted:
             self._proxies_per_token += 0.1 * (n_proposed / drafted.n_drafted - self._proxies_per_token)
-        self._accepted = _MEMORY * self._accepted + min(n_drawn - 1, n_proposed)
-        self._rejected = _MEMORY * self._rejected + (n_drawn <= n_proposed)
+        self._forget(_MEMORY)
+        self._accepted += min(n_drawn - 1, n_proposed)
+        self._rejected += n_drawn <= n_proposed
+
+    def _forget(self, kept: float) -> None:
+        """Let what was accepted and rejected count less."""
+        self._accepted *= kept
+        self._rejected *= kept
 
     def _note_draft(self, drafted: Drafted) -> None:
         seconds, n_passes = drafted.model_s + drafted.bridge_s, drafted.n_passes
@@ -203,11 +224,11 @@ class DraftLength:
         at = bisect_left(widths, n)
         if at < len(widths) and widths[at] == n:
             return seconds[at]
-        if at < len(widths):
-            low, high = at - 1, at
-        elif at > 1:
-            low, high = 0, at - 1
-        else:  # as if one more cost nothing
-            return seconds[0]
-        slope = (seconds[high] - seconds[low]) / (widths[high] - widths[low])
-        return seconds[low] + slope * (n - widths[low])
+        last = len(widths) - 1
+        if at <= last:
+            slope = (seconds[at] - seconds[at - 1]) / (widths[at] - widths[at - 1])
+            return seconds[at - 1] + slope * (n - widths[at - 1])
+        slope = _SLOPE * seconds[0]
+        if last:
+            slope = min(slope, (seconds[last] - seconds[0]) / (widths[last] - widths[0]))
+        return seconds[last] + slope * (n - widths[last])

@@ -145,6 +145,12 @@ class SpeculativeDecoder:
         remaining = self._room - self._sampler.n_drawn
         plan = self._length.plan(remaining=remaining, unread=lambda: self._draft.unread(self._answer))
         drafted = Drafted()
+        if plan.judge:
+            judged = self._draft.judge(self._answer)
+            self._draft_s += judged.seconds
+            self._length.judged(judged)
+            started = time.perf_counter()
+            plan = self._length.plan(remaining=remaining, unread=lambda: self._draft.unread(self._answer))
         if plan.n_draft:
             most = min(MOST_DRAFTED, remaining - 1)
             drafted = self._draft.propose(self._answer, plan.n_draft, most, plan.enough)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from edge_shiftkv import runtime
 from edge_shiftkv.native.llama import Model
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative import draft
+from edge_shiftkv.speculative.length import DraftLength, Plan
 
 
 @dataclass
@@ -88,3 +90,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     target = write_model(Spec(), folder)
     # The weights of the first layers are the target's: an early exit.
     return Pair(target, write_model(Spec(n_layer=2), folder), target, write_model(Spec(seed=2), folder))
+
+
+@pytest.fixture
+def judged_only(monkeypatch: pytest.MonkeyPatch) -> list[draft.Judged]:
+    """What drafts are judged to be worth every 12 tokens, while none is used."""
+    found: list[draft.Judged] = []
+    rounds = itertools.count(1)
+    monkeypatch.setattr(DraftLength, "plan", lambda *_, **__: Plan(0, judge=next(rounds) % 12 == 0))
+    monkeypatch.setattr(DraftLength, "judged", lambda _, judged: found.append(judged))
+    return found

@@ -88,6 +88,21 @@ def test_the_noise_is_shared_all_is_accepted_of_the_same_model(pair):
     assert figures.accepted == figures.drafted
 
 
+@pytest.mark.parametrize("options", [{}, *SAMPLED])
+def test_a_draft_is_judged_by_what_it_would_have_written(pair, plain, judged_only, options):
+    expected = plain.generate(PROMPT, raw=True, max_tokens=60, **options).text
+    agreed = {}
+    for which in ("same", "stranger"):
+        judged_only.clear()
+        with Runtime(pair.target, n_threads=1, draft=getattr(pair, which)) as runtime:
+            assert runtime.generate(PROMPT, raw=True, max_tokens=60, **options).text == expected
+        n = sum(judged.n for judged in judged_only)
+        assert n >= 3 * 10
+        agreed[which] = sum(judged.n_agreed for judged in judged_only) / n
+    assert agreed["same"] == 1
+    assert agreed["stranger"] < 0.8  # the noise is shared
+
+
 @pytest.mark.parametrize(
     "spec",
     [

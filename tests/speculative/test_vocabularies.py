@@ -87,9 +87,9 @@ def test_a_draft_of_another_vocabulary_keeps_its_tokens(target, draft, speakers,
     holds, read = [], []
     hold = module._Cache.hold
 
-    def spy(cache, tokens):
+    def spy(cache, tokens, *n_outputs):
         holds.append(list(tokens))
-        read.append(hold(cache, tokens))
+        read.append(hold(cache, tokens, *n_outputs))
         return read[-1]
 
     monkeypatch.setattr(module._Cache, "hold", spy)
@@ -125,3 +125,13 @@ def test_a_longer_token_may_take_the_place_of_the_last_one(draft, speakers, shar
     without, same_texts = accepted()
     assert texts == same_texts
     assert with_longer > 1.2 * without
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 1}])
+@pytest.mark.parametrize(("target", "draft"), [("llama-spm", "qwen2"), ("qwen2", "gpt-neox"), ("gpt-2", "llama-spm")])
+def test_a_draft_of_another_vocabulary_is_judged(target, draft, options, speakers, share_models, judged_only):
+    with Runtime(speakers[target], n_threads=1, n_ctx=512, draft=speakers[draft]) as runtime:
+        for text in SENTENCES:
+            runtime.generate(text[: len(text) // 3], raw=True, max_tokens=40, **options)
+    assert sum(judged.n for judged in judged_only) > 30
+    assert sum(judged.n_agreed for judged in judged_only) > 0.4 * sum(judged.n for judged in judged_only)
