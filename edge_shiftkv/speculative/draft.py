@@ -75,6 +75,7 @@ class Drafted:
     """A draft, and what it took; by default none.
 
     n_drafted: tokens of the draft model in it.
+    confidences: what the draft model gave each of them, and that of a token at which it ended for lack of confidence.
     n_read, reading_s: tokens that the draft model read before, at once, and the seconds; part of model_s.
     n_passes: the other passes of the draft model.
     model_s, bridge_s: seconds in the draft model, and from its tokens to the target's and back.
@@ -82,6 +83,7 @@ class Drafted:
 
     proposal: Proposal = field(default_factory=Proposal)
     n_drafted: int = 0
+    confidences: Sequence[float] = ()
     n_read: int = 0
     n_passes: int = 0
     reading_s: float = 0.0
@@ -251,6 +253,7 @@ class Draft:
         drafted: list[int] = []
         chances: list[float] = []
         proposed: list[int] = []
+        confidences: list[float] = []
         reach = 1.0
         n_passes = 0
         while n_read:
@@ -260,6 +263,7 @@ class Draft:
             else:
                 token, confidence, chance = self._draw(self._cache.logits(), len(answer) + len(proposed))
             model_s += time.perf_counter() - started
+            confidences.append(confidence)
             reach *= confidence
             if confidence < self._options.min_confidence or reach < enough:
                 break
@@ -278,7 +282,16 @@ class Draft:
         started = time.perf_counter()
         chances = self._transferred(drafted, proposed, chances) if self._rule == "tokentiming" else []
         bridge_s += time.perf_counter() - started
-        return Drafted(Proposal(proposed, chances), len(drafted), n_read, n_passes, reading_s, model_s, bridge_s)
+        return Drafted(
+            Proposal(proposed, chances),
+            n_drafted=len(drafted),
+            confidences=confidences,
+            n_read=n_read,
+            n_passes=n_passes,
+            reading_s=reading_s,
+            model_s=model_s,
+            bridge_s=bridge_s,
+        )
 
     def costs(self) -> tuple[int, float, int, float]:
         """Measure: tokens read at once and the seconds, tokens read one by one and the seconds."""

@@ -3,8 +3,9 @@
 A round drafts n tokens and gives E(n) tokens of the answer for the seconds C(n); a plain round gives one for c(1). The
 best n has the highest E(n) / C(n). Whether drafts will be accepted differs from answer to answer: where they do not
 seem to pay, the draft model now and then reads what the target wrote without it and is judged by how much of that it
-would have written, which costs a fraction of a pass. All that judging and drafting lose is kept below a small share of
-the time decoding takes, so that a draft which never agrees costs no more than that.
+would have written, which costs a fraction of a pass. And a draft that has little confidence in itself is not verified:
+a draft model's confidence tells quite well how often it is right. All that judging and drafting lose is kept below a
+small share of the time decoding takes, so that a draft which never agrees costs no more than that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import mul
 from statistics import median_low
 
 from edge_shiftkv.speculative.draft import Drafted, Judged
@@ -22,9 +24,9 @@ MOST = 8
 """The most tokens drafted in a round, if no other number is set."""
 
 _LOSS = 0.02  # share of decoding time that drafts may lose
-_MARGIN = 1.03  # a draft has to be expected to be better than none by this factor
 _MEMORY = 0.93  # weight of what was accepted before, per round or token judged
 _PRIOR = (3.0, 2.0)  # accepted and rejected tokens, before there were any
+_TRUST = 4.0  # tokens that a draft's confidence foresaw rightly, before there were any
 _CARRIED = 5.0  # weight, in tokens, that earlier answers have for the acceptance in a new one
 _WAIT, _LONGEST_WAIT = 10, 1024  # tokens without a draft until it is judged
 _CREDIT = 16  # plain passes that drafts gained and may lose again
@@ -62,6 +64,12 @@ class _Recent:
         return median_low(self._values) if self._values else 0.0
 
 
+def _expected(drafted: Drafted) -> float:
+    """How many tokens of a draft will be accepted, by its confidence."""
+    expected: float = sum(accumulate(drafted.confidences[: drafted.n_drafted], mul))
+    return expected
+
+
 class DraftLength:
     """Plans the rounds of all answers of one runtime, from what the rounds before took.
 
@@ -76,6 +84,7 @@ class DraftLength:
         self._draft_prompt_token = _Recent()
         self._accepted, self._rejected = _PRIOR
         self._proxies_per_token = 1.0
+        self._right, self._foreseen_right = _TRUST, _TRUST
         self._since_plain = self._since_seen = 0
         self._wait = _WAIT
         self._seconds = 0.0
@@ -125,7 +134,7 @@ class DraftLength:
         n = max(range(1, longest + 1), key=self._rate)
         saved = plain - 1 / self._rate(n)
         allowed = _LOSS * (self._seconds + foreseen * plain)
-        pays = self._rate(n) * plain > _MARGIN and saved * foreseen > 2 * reading
+        pays = saved * foreseen > 2 * reading
         # What was spent on reading in this answer may still come in.
         if pays and (self._lost - self._invested if self._is_judged else self._lost + reading) < allowed:
             return self._worth(n)
@@ -145,6 +154,20 @@ class DraftLength:
         self._accepted += judged.n_agreed
         self._rejected += judged.n - judged.n_agreed
 
+    def is_worth(self, drafted: Drafted) -> bool:
+        """Whether a draft is worth a pass longer than that of a plain round."""
+        plain, n_proposed = self._pass(1), len(drafted.proposal.tokens)
+        longer = self._pass(1 + n_proposed)
+        if self._fixed is not None or plain is None or longer is None:
+            return n_proposed > 0
+        rate = max(1 / plain, self._rate(max(1, drafted.n_drafted)))
+        return _expected(drafted) * self._right / self._foreseen_right > rate * (longer - plain)
+
+    def pass_took(self, n_tokens: int, seconds: float) -> None:
+        """Note that the target took a pass over so many tokens."""
+        self._passes.setdefault(n_tokens, _Recent()).add(seconds)
+        self._curve = None
+
     def read(self, n_tokens: int, seconds: float) -> None:
         """Note that the draft model read tokens at once."""
         self._draft_prompt_token.add(seconds / n_tokens)
@@ -156,8 +179,7 @@ class DraftLength:
     def passed(self, drafted: Drafted, n_drawn: int, *, pass_s: float, round_s: float) -> None:
         """Note a round: `n_drawn` tokens of the answer. `pass_s` of its seconds are the target's."""
         n_proposed = len(drafted.proposal.tokens)
-        self._passes.setdefault(n_proposed + 1, _Recent()).add(pass_s)
-        self._curve = None
+        self.pass_took(n_proposed + 1, pass_s)
         self._seconds += round_s
         self._since_plain += n_drawn
         self._since_seen += n_drawn
@@ -174,11 +196,17 @@ class DraftLength:
             self._lost = max(self._lost + loss, -_CREDIT * plain)
             self._invested += drafted.reading_s
         self._since_seen = 0
-        if drafted.n_drafted:
+        if n_proposed:
             self._proxies_per_token += 0.1 * (n_proposed / drafted.n_drafted - self._proxies_per_token)
+            self._right = _MEMORY * self._right + n_drawn - 1
+            self._foreseen_right = _MEMORY * self._foreseen_right + _expected(drafted)
         self._forget(_MEMORY)
-        self._accepted += min(n_drawn - 1, n_proposed)
+        self._accepted += n_drawn - 1
         self._rejected += n_drawn <= n_proposed
+        if n_drawn > n_proposed:  # what else was drafted counts as its confidence says
+            others = list(accumulate(drafted.confidences[n_proposed and drafted.n_drafted :], mul))
+            self._accepted += sum(others)
+            self._rejected += 1 - others[-1] if others else 0
 
     def _forget(self, kept: float) -> None:
         """Let what was accepted and rejected count less."""

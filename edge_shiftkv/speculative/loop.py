@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from edge_shiftkv.errors import ModelError
@@ -15,7 +18,9 @@ from edge_shiftkv.results import DraftFigures
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative.draft import MOST_DRAFTED, Draft, Drafted, DraftOptions
 from edge_shiftkv.speculative.length import DraftLength
-from edge_shiftkv.speculative.verify import Rule, rule_for, verify
+from edge_shiftkv.speculative.verify import Proposal, Rule, rule_for, verify
+
+_MEASURED = (1, 3, 5, 9)  # tokens of the target's passes
 
 
 class Drafting:
@@ -41,6 +46,8 @@ class Drafting:
             n_read, read_s, n_steps, steps_s = self._draft.costs()
             self._length.read(n_read, read_s)
             self._length.drafted(n_steps, steps_s)
+            for n_tokens, seconds in _pass_costs(target, n_threads):
+                self._length.pass_took(n_tokens, seconds)
 
     def close(self) -> None:
         """Free the draft model."""
@@ -73,6 +80,19 @@ class Drafting:
             rule=rule_for(sampler.sampling.temperature, self._options.rule),
             room=room,
         )
+
+
+def _pass_costs(target: Model, n_threads: int) -> Iterator[tuple[int, float]]:
+    """Measure the target's passes over few tokens: how many, and the seconds."""
+    tokens = (target.tokenize("The quick brown fox. ") * max(_MEASURED))[: max(_MEASURED)]
+    with closing(Context(target, len(tokens), len(tokens), type_k="f16", type_v="f16", n_threads=n_threads)) as context:
+        for i, n in enumerate((1, *_MEASURED)):
+            started = time.perf_counter()
+            context.clear()
+            context.decode(tokens[:n], 0)
+            context.logits()
+            if i:  # the first one may read weights from disk
+                yield n, time.perf_counter() - started
 
 
 class SpeculativeDecoder:
@@ -154,6 +174,8 @@ class SpeculativeDecoder:
         if plan.n_draft:
             most = min(MOST_DRAFTED, remaining - 1)
             drafted = self._draft.propose(self._answer, plan.n_draft, most, plan.enough)
+            if not self._length.is_worth(drafted):
+                drafted = replace(drafted, proposal=Proposal())
         proposed = drafted.proposal.tokens
         passing = time.perf_counter()
         self._context.decode([token, *proposed], self._position, logits=len(proposed) + 1)
@@ -168,7 +190,7 @@ class SpeculativeDecoder:
         self._answer += drawn
         ended = time.perf_counter()
         self._rounds += 1
-        self._plain_rounds += not plan.n_draft
+        self._plain_rounds += not proposed
         self._drafted += len(proposed)
         self._draft_s += drafted.model_s
         self._align_s += drafted.bridge_s

@@ -1,6 +1,6 @@
 """The planned draft length on simulated machines, whose passes have known costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -28,10 +28,16 @@ SLOW = Machine((1.0, 1.7, 2.3, 2.8, 3.4, 4.0, 4.6, 5.2, 5.8), draft=0.1, reading
 FAST = Machine((1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.12, 1.14, 1.16), draft=0.1, reading=0.002)
 
 
-def run(machine, agreement, *, n_answers=40, n_tokens=64, n_prompt=200, fixed=None, seed=0, length=None):
+def n_true(values):
+    """How many are true before the first that is not."""
+    return int(np.logical_and.accumulate(values).sum())
+
+
+def run(machine, agreement, *, n_answers=40, n_tokens=64, n_prompt=200, fixed=None, seed=0, length=None, conceit=0.0):
     """The seconds without a draft over those with it, by answer; the lengths that were drafted, -1 for a judgement.
 
-    agreement: the probability that a proposed token is accepted; a number, or by the number of tokens so far.
+    agreement: the mean probability that a drafted token is accepted; a number, or by the number of tokens so far.
+    conceit: how much of the rest to 1 the draft's confidence is above the probability of each token.
     """
     rng = np.random.default_rng(seed)
     length = length or DraftLength(fixed)
@@ -52,21 +58,37 @@ def run(machine, agreement, *, n_answers=40, n_tokens=64, n_prompt=200, fixed=No
                 lengths.append(-1)
                 plan = length.plan(remaining=n_tokens - n, unread=lambda unread=unread: unread)
             k = min(plan.n_draft, n_tokens - n - 1)
-            lengths.append(k)
-            drafted, round_s = Drafted(), 0.0
+            drafted, round_s, n_right, n_proposed = Drafted(), 0.0, 0, 0
             if k:
                 reading = unread * machine.reading if unread > MOST else 0.0
-                model_s = reading + (k - bool(reading)) * machine.draft
-                drafted = Drafted(Proposal([0] * k), k, unread, k - 1, reading, model_s, 0.0)
+                chances = rng.beta(4 * chance, 4 * (1 - chance), k) if 0 < chance < 1 else np.full(k, chance)
+                confidences = chances + conceit * (1 - chances)
+                k = n_true(np.cumprod(confidences) >= plan.enough)  # drafted until it is in doubt
+                n_passes = min(k, len(chances) - 1)
+                model_s = reading + (n_passes + (not reading)) * machine.draft
+                drafted = Drafted(
+                    Proposal([0] * k),
+                    n_drafted=k,
+                    confidences=confidences[: k + 1].tolist(),
+                    n_read=unread,
+                    n_passes=n_passes,
+                    reading_s=reading,
+                    model_s=model_s,
+                )
+                if not length.is_worth(drafted):
+                    drafted = replace(drafted, proposal=Proposal())
+                n_proposed = len(drafted.proposal.tokens)
+                n_right = n_true(rng.random(k) < chances[:k])
                 round_s, unread = model_s, 0
-            accepted = next((i for i in range(k) if rng.random() >= chance), k)
-            pass_s = machine.pass_s(1 + k, rng)
+            lengths.append(k)
+            accepted = min(n_right, n_proposed)
+            pass_s = machine.pass_s(1 + n_proposed, rng)
             round_s += pass_s
             length.passed(drafted, accepted + 1, pass_s=pass_s, round_s=round_s)
             took += round_s
             n += accepted + 1
             total += accepted + 1
-            unread += accepted + 1 if not k else 1
+            unread += 1 if n_proposed else accepted + 1
         ratios.append((n_tokens - 1) * machine.passes[0] / took)
     return np.array(ratios), np.array(lengths)
 
@@ -84,6 +106,19 @@ def test_a_draft_that_never_agrees_costs_little(machine, n_answers, seed):
     assert overall(ratios) > 0.97
     assert (lengths != 0).any()  # it was tried, or judged
     assert (lengths[len(lengths) // 2 :] > 0).mean() < 0.05
+
+
+@pytest.mark.parametrize("machine", [SLOW, FAST], ids=["slow", "fast"])
+def test_a_draft_that_is_sure_of_itself_and_wrong_costs_little(machine):
+    ratios, _ = run(machine, 0.0, conceit=0.9)
+    assert overall(ratios) > 0.96
+
+
+def test_a_draft_that_is_in_doubt_is_not_verified():
+    machine = Machine((1.0, 1.7, 1.7, 1.7, 1.75, 1.9, 1.9, 2.1, 2.2), draft=0.05, reading=0.002)
+    told = overall(run(machine, 0.55, n_answers=80)[0])
+    conceited = overall(run(machine, 0.55, conceit=0.9, n_answers=80)[0])
+    assert told > conceited + 0.02
 
 
 @pytest.mark.parametrize("seed", range(4))
