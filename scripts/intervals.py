@@ -10,4 +10,4 @@ def wilson(right: float, asked: int) -> tuple[float, float]:
     z2 = 1.96**2
     middle = (right + z2 / 2) / (asked + z2)
     half = math.sqrt(z2 * (right * (asked - right) / asked + z2 / 4)) / (asked + z2)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)  # but for rounding, they are within
