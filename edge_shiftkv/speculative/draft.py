@@ -47,7 +47,8 @@ _ROOM = 2  # tokens of a draft per token of a target, for the answer
 class DraftOptions:
     """How a draft model is used.
 
-    n_draft: tokens drafted in every round, 1 to 16; None drafts as many as pay, which may be none.
+    n_draft: tokens drafted in every round, 1 to 16; None drafts as many as pay, which may be none: some passes of the
+        target are timed for that when the models are loaded.
     rule: how drafts are verified at a temperature: "coupled", the default, gives the answer that the target gives
         without a draft; "tokentiming" is the rule of the paper, which does not. Temperature 0 is always exact.
     mmproj: path of the draft's own vision encoder and projector; without one, it is given the text of a prompt only.
