@@ -312,7 +312,7 @@ def plot(
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     numbers = [budget for budget in budgets if "/" not in budget]
     for name in methods:
@@ -323,7 +323,7 @@ def plot(
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(budget) for budget in numbers], numbers)
     axes.set(xlabel="KV pairs per layer and KV head", ylabel="score, %", ylim=(0, 100), title=f"{suite}: {task}")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
