@@ -194,7 +194,8 @@ class DraftLength:
             self._wait = _WAIT if loss < 0 else min(2 * self._wait, _LONGEST_WAIT)
             # What drafts gained may be lost again, but not much of it.
             self._lost = max(self._lost + loss, -_CREDIT * plain)
-            self._invested += drafted.reading_s
+            if drafted.n_read >= MOST:
+                self._invested += drafted.reading_s
         self._since_seen = 0
         if n_proposed:
             self._proxies_per_token += 0.1 * (n_proposed / drafted.n_drafted - self._proxies_per_token)

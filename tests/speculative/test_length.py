@@ -33,10 +33,23 @@ def n_true(values):
     return int(np.logical_and.accumulate(values).sum())
 
 
-def run(machine, agreement, *, n_answers=40, n_tokens=64, n_prompt=200, fixed=None, seed=0, length=None, conceit=0.0):
+def run(
+    machine,
+    agreement,
+    *,
+    n_answers=40,
+    n_tokens=64,
+    n_prompt=200,
+    fixed=None,
+    seed=0,
+    length=None,
+    conceit=0.0,
+    seems=None,
+):
     """The seconds without a draft over those with it, by answer; the lengths that were drafted, -1 for a judgement.
 
     agreement: the mean probability that a drafted token is accepted; a number, or by the number of tokens so far.
+    seems: what a judgement finds instead.
     conceit: how much of the rest to 1 the draft's confidence is above the probability of each token.
     """
     rng = np.random.default_rng(seed)
@@ -53,7 +66,9 @@ def run(machine, agreement, *, n_answers=40, n_tokens=64, n_prompt=200, fixed=No
             if plan.judge:
                 judged_s = unread * machine.reading
                 asked = min(n, 15)
-                length.judged(Judged(asked, int(rng.binomial(asked, chance)), unread, judged_s))
+                length.judged(
+                    Judged(asked, int(rng.binomial(asked, chance if seems is None else seems)), unread, judged_s)
+                )
                 took, unread = took + judged_s, 0
                 lengths.append(-1)
                 plan = length.plan(remaining=n_tokens - n, unread=lambda unread=unread: unread)
@@ -72,7 +87,7 @@ def run(machine, agreement, *, n_answers=40, n_tokens=64, n_prompt=200, fixed=No
                     confidences=confidences[: k + 1].tolist(),
                     n_read=unread,
                     n_passes=n_passes,
-                    reading_s=reading,
+                    reading_s=reading or machine.draft,
                     model_s=model_s,
                 )
                 if not length.is_worth(drafted):
@@ -110,8 +125,9 @@ def test_a_draft_that_never_agrees_costs_little(machine, n_answers, seed):
 
 @pytest.mark.parametrize("machine", [SLOW, FAST], ids=["slow", "fast"])
 def test_a_draft_that_is_sure_of_itself_and_wrong_costs_little(machine):
-    ratios, _ = run(machine, 0.0, conceit=0.9)
-    assert overall(ratios) > 0.96
+    for seems in (0.0, 0.7):
+        ratios, _ = run(machine, 0.0, conceit=0.9, seems=seems)
+        assert overall(ratios) > 0.97
 
 
 def test_a_draft_that_is_in_doubt_is_not_verified():
