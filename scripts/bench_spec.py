@@ -308,7 +308,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, metavar="N", help="how many (default: all)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(range(1, MOST + 1)), metavar="N", help="drafted")
+    parser.add_argument("--lengths", type=int, nargs="*", default=list(range(1, MOST + 1)), metavar="N", help="drafted")
     parser.add_argument("--rules", nargs="+", default=["greedy", *SAMPLING_RULES], metavar="RULE")
     parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (default: none)")
