@@ -2,7 +2,7 @@
 
     python scripts/bench_spec.py accept -m TARGET --draft DRAFT    # tokens per target pass, acceptance, time in Python
     python scripts/bench_spec.py speed -m TARGET --draft DRAFT     # tokens per second over those without a draft
-    python scripts/bench_spec.py exact -m TARGET --draft DRAFT     # token for token what the target writes alone?
+    python scripts/bench_spec.py exact -m TARGET --draft DRAFT --rules greedy coupled  # what the target writes alone?
     python scripts/bench_spec.py report --out FILE                 # the tables of what was measured before
 
 Every request is a line of JSON in --out; what is there is not measured again, so a run that was stopped can go on.
@@ -28,7 +28,7 @@ import numpy as np
 
 from edge_shiftkv import Completion, Runtime, runtime
 from edge_shiftkv.native.llama import usable_cpus
-from edge_shiftkv.sampling import Outputs, Sampler
+from edge_shiftkv.sampling import Floats, Outputs, Sampler
 from edge_shiftkv.speculative.draft import Draft, Drafted, DraftOptions
 from edge_shiftkv.speculative.length import MOST
 from edge_shiftkv.speculative.loop import Drafting, SpeculativeDecoder
@@ -211,32 +211,43 @@ def speed(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def exact(arguments: argparse.Namespace, results: Results) -> None:
-    """Greedy answers with a draft, token for token, against those without."""
+    """Answers with a draft, token for token, against those without: greedily, and at a temperature with one seed."""
     recorded: list[tuple[int, float]] = []
 
     class Recorder(Sampler):
         def sample(self, outputs: Outputs, output: int = -1) -> int:
-            second, first = np.partition(outputs.logits(output), -2)[-2:]
+            scores: Floats = outputs.logits(output).astype(np.float64)
+            if self.sampling.temperature > 0:
+                choices = self.choices(outputs.logits(output))
+                scores = choices.scores + self.noise.gumbel(self.n_drawn, choices.tokens)
+            second, first = np.partition(np.append(scores, -np.inf), -2)[-2:]
             token = super().sample(outputs, output)
             recorded.append((token, float(first - second)))
             return token
 
     runtime.Sampler = Recorder  # type: ignore[misc]
     bench = Bench(arguments)
-    for row in prompts(arguments.prompts):
-        for n_draft in arguments.lengths:
-            key = {"measured": "exact", "n_draft": n_draft, "prompt": row["prompt"]}
+    for row, rule in itertools.product(prompts(arguments.prompts), arguments.rules):
+        options = {} if rule == "greedy" else SAMPLED
+        expected = None
+        for n_draft in (*arguments.lengths, None):
+            key = {"measured": "exact", "rule": rule, "n_draft": n_draft, "prompt": row["prompt"]}
             if results.has(**key):
                 continue
+            if expected is None:
+                recorded.clear()
+                bench.alone(row["prompt"], **options)
+                expected = recorded.copy()
             recorded.clear()
-            bench.alone(row["prompt"])
-            expected = recorded.copy()
-            recorded.clear()
-            bench.helped(row["prompt"], n_draft)
+            figures = bench.helped(row["prompt"], n_draft, rule if rule in SAMPLING_RULES else None, **options).figures
             differing = (i for i, (a, b) in enumerate(zip(expected, recorded, strict=False)) if a[0] != b[0])
             first = next(differing, None)
             results.add(
-                **key, tokens=len(expected), differs_at=first, gap=None if first is None else expected[first][1]
+                **key,
+                tokens=len(expected),
+                accepted=figures.draft and figures.draft.accepted,
+                differs_at=first,
+                gap=None if first is None else expected[first][1],
             )
     bench.close()
 
@@ -286,14 +297,16 @@ def report(results: Results) -> None:
             f"| {name} | {len(both)} | {rate(here):.2f} | {rate(here) / rate(alone):.3f} "
             f"| {middle:.3f} ({low:.3f} to {high:.3f}) |"
         )
-    rows = [row for row in results.rows if row["measured"] == "exact"]
-    if rows:
+    exact_rows = [row for row in results.rows if row["measured"] == "exact"]
+    for rule in dict.fromkeys(row["rule"] for row in exact_rows):
+        rows = [row for row in exact_rows if row["rule"] == rule]
         flips = [row for row in rows if row["differs_at"] is not None]
         ties = [row for row in flips if row["gap"] < TIE]
         gaps = ", ".join(f"{row['gap']:.4f}" for row in flips) or "none"
         print(
-            f"\nExact: {len(rows)} answers, {sum(row['tokens'] for row in rows)} tokens; {len(flips)} differ, "
-            f"{len(ties)} of them where the two highest logits are less than {TIE} apart (gaps: {gaps})"
+            f"\nExact, {rule}: {len(rows)} answers, {sum(row['tokens'] for row in rows)} tokens, "
+            f"{sum(row['accepted'] for row in rows)} of them drafted; {len(flips)} differ, "
+            f"{len(ties)} of them where the two best tokens are less than {TIE} apart (gaps: {gaps})"
         )
 
 

@@ -97,11 +97,13 @@ class Judged:
     """What the draft model would have written, had it been asked.
 
     n, n_agreed: tokens of the answer that it was asked about, and those that it would have written, too.
+    n_foreseen: those that it should have, by its confidence.
     n_read, seconds: tokens that it read, at once, and the time it all took.
     """
 
     n: int
     n_agreed: int
+    n_foreseen: float
     n_read: int
     seconds: float
 
@@ -218,17 +220,18 @@ class Draft:
         n_read = self._read(0, _JUDGED)
         n_answer = len(self._tokens) - self._n_fixed
         places = self._places(answer)
-        agreed = []
+        rule: Rule = "coupled" if self._rule == "coupled" else "greedy"
+        n = n_agreed = 0
+        n_foreseen = 0.0
         for i in range(1, min(_JUDGED, n_read, n_answer)):
             place = places.get(i)
-            if self._rule != "coupled":
-                token = int(np.argmax(self._cache.logits(-1 - i)))
-            elif place is not None:
-                token, _, _ = self._draw(self._cache.logits(-1 - i), place)
-            else:  # the draw would have begun elsewhere
+            if place is None and rule == "coupled":  # the draw would have begun elsewhere
                 continue
-            agreed.append(token == self._tokens[-i])
-        return Judged(len(agreed), sum(agreed), n_read, time.perf_counter() - started)
+            token, confidence, _ = self._draw(self._cache.logits(-1 - i), place or 0, rule)
+            n += 1
+            n_agreed += token == self._tokens[-i]
+            n_foreseen += confidence
+        return Judged(n, n_agreed, n_foreseen, n_read, time.perf_counter() - started)
 
     def propose(self, answer: Sequence[int], n_draft: int, most: int, enough: float = 0.0) -> Drafted:
         """Draft how the answer goes on.
@@ -262,7 +265,7 @@ class Draft:
             if longer and not drafted:
                 token, confidence, chance = longer
             else:
-                token, confidence, chance = self._draw(self._cache.logits(), len(answer) + len(proposed))
+                token, confidence, chance = self._draw(self._cache.logits(), len(answer) + len(proposed), self._rule)
             model_s += time.perf_counter() - started
             confidences.append(confidence)
             reach *= confidence
@@ -466,15 +469,15 @@ class Draft:
                 self._cache.clear()
         return n_read + self._cache.hold(self._tokens, n_outputs)
 
-    def _draw(self, logits: npt.NDArray[np.float32], place: int) -> tuple[int, float, float]:
+    def _draw(self, logits: npt.NDArray[np.float32], place: int, rule: Rule) -> tuple[int, float, float]:
         """The token drafted at `place` in the answer, the confidence that the target agrees, its probability."""
-        if self._rule == "greedy":
+        if rule == "greedy":
             best = int(np.argmax(logits))
             chance = 1 / float(np.exp(logits - logits[best]).sum())
             return best, chance, chance
         assert self._sampler
         choices = self._sampler.choices(logits)
-        if self._rule == "tokentiming":
+        if rule == "tokentiming":
             noise = self._own_noise.gumbel(self._n_drawn, choices.tokens)
             self._n_drawn += 1
         else:
@@ -482,7 +485,7 @@ class Draft:
         perturbed = choices.scores + noise
         best = int(np.argmax(perturbed))
         chance = float(choices.probabilities()[best])
-        if self._rule == "tokentiming":
+        if rule == "tokentiming":
             return int(choices.tokens[best]), chance, chance
         return int(choices.tokens[best]), 1 / float(np.exp(perturbed - perturbed[best]).sum()), chance
 

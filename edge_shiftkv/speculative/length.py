@@ -1,7 +1,9 @@
 """How many tokens to draft next: as many as pay, by what drafts and target passes were measured to cost.
 
-A round drafts n tokens and gives E(n) tokens of the answer for the seconds C(n); a plain round gives one for c(1). The
-best n has the highest E(n) / C(n). Whether drafts will be accepted differs from answer to answer: where they do not
+A round drafts n tokens and gives E(n) tokens of the answer for the time C(n); a plain round gives one for that of a
+pass over one token. The best n has the highest E(n) / C(n). Time is counted in plain passes: what else a machine does
+slows all passes down alike, so that what a pass over several tokens takes is known better by how many plain ones it
+is worth than in seconds. Whether drafts will be accepted differs from answer to answer: where they do not
 seem to pay, the draft model now and then reads what the target wrote without it and is judged by how much of that it
 would have written, which costs a fraction of a pass. And a draft that has little confidence in itself is not verified:
 a draft model's confidence tells quite well how often it is right. All that judging and drafting lose is kept below a
@@ -10,13 +12,14 @@ small share of the time decoding takes, so that a draft which never agrees costs
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from statistics import median_low
+
+import numpy as np
 
 from edge_shiftkv.speculative.draft import Drafted, Judged
 
@@ -26,13 +29,12 @@ MOST = 8
 _LOSS = 0.02  # share of decoding time that drafts may lose
 _MEMORY = 0.93  # weight of what was accepted before, per round or token judged
 _PRIOR = (3.0, 2.0)  # accepted and rejected tokens, before there were any
-_TRUST = 4.0  # tokens that a draft's confidence foresaw rightly, before there were any
+_TRUST = 8.0  # tokens that a draft's confidence foresaw rightly, before there were any
 _CARRIED = 5.0  # weight, in tokens, that earlier answers have for the acceptance in a new one
 _WAIT, _LONGEST_WAIT = 10, 1024  # tokens without a draft until it is judged
-_CREDIT = 16  # plain passes that drafts gained and may lose again
-_SLOPE = 0.12  # plain passes that a longer pass takes more per token, at most, as long as it is not measured
+_CREDIT = 16.0  # plain passes that drafts gained and may lose again
 _REST = 4  # rounds without another thought, after one that was not worth a draft
-_REFRESH = 256  # tokens after which one plain pass is measured
+_FRESH, _REFRESH = 32, 256  # tokens for which a plain pass tells what others are worth, and after which one is measured
 _FORESEEN = 128  # tokens that an answer is expected to go on for, at most
 
 
@@ -60,6 +62,10 @@ class _Recent:
         self._values.append(value)
 
     @property
+    def n(self) -> int:
+        return len(self._values)
+
+    @property
     def value(self) -> float:
         return median_low(self._values) if self._values else 0.0
 
@@ -73,13 +79,15 @@ def _expected(drafted: Drafted) -> float:
 class DraftLength:
     """Plans the rounds of all answers of one runtime, from what the rounds before took.
 
-    fixed: the draft length of every round; None plans it.
+    fixed: the draft length of every round; None plans it, once passes over one token and over several, and the draft
+        model's own, were measured.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
         self._fixed = fixed
+        self._plain = _Recent()  # seconds; everything else is in plain passes
         self._passes: dict[int, _Recent] = {}
-        self._curve: tuple[list[int], list[float]] | None = None
+        self._line: tuple[float, float] | None = None
         self._draft_token = _Recent()
         self._draft_prompt_token = _Recent()
         self._accepted, self._rejected = _PRIOR
@@ -87,7 +95,7 @@ class DraftLength:
         self._right, self._foreseen_right = _TRUST, _TRUST
         self._since_plain = self._since_seen = 0
         self._wait = _WAIT
-        self._seconds = 0.0
+        self._spent = 0.0
         self._lost = 0.0
         self._invested = 0.0
         self._rest = 0
@@ -103,6 +111,8 @@ class DraftLength:
         self._rest = self._since_seen = 0
         self._wait = _WAIT
         self._is_judged = False
+        # Whether a draft's confidence can be trusted differs from answer to answer, too.
+        self._right, self._foreseen_right = (self._right + _TRUST) / 2, (self._foreseen_right + _TRUST) / 2
         self._forget(min(1.0, _CARRIED / (self._accepted + self._rejected)))
 
     def plan(self, *, remaining: int, unread: Callable[[], int]) -> Plan:
@@ -115,25 +125,22 @@ class DraftLength:
             return Plan(0)
         if self._fixed is not None:
             return Plan(self._fixed)
-        plain = self._pass(1)
-        if plain is None or self._since_plain >= _REFRESH:
+        if self._since_plain >= _REFRESH:
             return Plan(0)  # to measure it
         self._rest -= 1
         if self._rest > 0:
             return Plan(0)
-        plan = self._planned(plain, remaining, unread)
+        plan = self._planned(remaining, unread)
         if plan.n_draft == 0:
             self._rest = _REST
         return plan
 
-    def _planned(self, plain: float, remaining: int, unread: Callable[[], int]) -> Plan:
+    def _planned(self, remaining: int, unread: Callable[[], int]) -> Plan:
         reading = unread() * self._draft_prompt_token.value
         foreseen = min(remaining, _FORESEEN)
-        # Passes much longer than any before may cost more than they seem to.
-        longest = min(MOST, 2 * max(self._passes))
-        n = max(range(1, longest + 1), key=self._rate)
-        saved = plain - 1 / self._rate(n)
-        allowed = _LOSS * (self._seconds + foreseen * plain)
+        n = max(range(1, MOST + 1), key=self._rate)
+        saved = 1 - 1 / self._rate(n)
+        allowed = _LOSS * (self._spent + foreseen)
         pays = saved * foreseen > 2 * reading
         # What was spent on reading in this answer may still come in.
         if pays and (self._lost - self._invested if self._is_judged else self._lost + reading) < allowed:
@@ -142,65 +149,72 @@ class DraftLength:
 
     def judged(self, judged: Judged) -> None:
         """Note how well the draft model foresaw the answer."""
-        self._lost += judged.seconds
-        self._invested += judged.seconds
-        self._seconds += judged.seconds
+        took = judged.seconds / self._plain.value
+        self._lost += took
+        self._invested += took
+        self._spent += took
         self._is_judged = True
         self._rest = self._since_seen = 0
         self._wait = min(2 * self._wait, _LONGEST_WAIT)
         if judged.n_read >= MOST:
             self.read(judged.n_read, judged.seconds)
+        self._note_trust(judged.n_agreed, judged.n_foreseen)
         self._forget(_MEMORY**judged.n)
         self._accepted += judged.n_agreed
         self._rejected += judged.n - judged.n_agreed
 
     def is_worth(self, drafted: Drafted) -> bool:
         """Whether a draft is worth a pass longer than that of a plain round."""
-        plain, n_proposed = self._pass(1), len(drafted.proposal.tokens)
-        longer = self._pass(1 + n_proposed)
-        if self._fixed is not None or plain is None or longer is None:
+        n_proposed = len(drafted.proposal.tokens)
+        if self._fixed is not None:
             return n_proposed > 0
-        rate = max(1 / plain, self._rate(max(1, drafted.n_drafted)))
-        return _expected(drafted) * self._right / self._foreseen_right > rate * (longer - plain)
+        rate = max(1, self._rate(max(1, drafted.n_drafted)))
+        longer = self._pass(1 + n_proposed) - 1
+        return _expected(drafted) * self._right / self._foreseen_right > rate * longer
 
     def pass_took(self, n_tokens: int, seconds: float) -> None:
-        """Note that the target took a pass over so many tokens."""
-        self._passes.setdefault(n_tokens, _Recent()).add(seconds)
-        self._curve = None
+        """Note that the target took a pass over so many tokens; over one at first."""
+        if n_tokens == 1:
+            if self._since_plain >= _REFRESH:
+                self._plain = _Recent()
+            self._plain.add(seconds)
+            self._since_plain = 0
+        elif self._since_plain < _FRESH:
+            self._passes.setdefault(n_tokens, _Recent()).add(seconds / self._plain.value)
+            self._line = None
 
     def read(self, n_tokens: int, seconds: float) -> None:
         """Note that the draft model read tokens at once."""
-        self._draft_prompt_token.add(seconds / n_tokens)
+        self._draft_prompt_token.add(seconds / n_tokens / self._plain.value)
 
     def drafted(self, n_tokens: int, seconds: float) -> None:
         """Note that the draft model took tokens one by one."""
-        self._draft_token.add(seconds / n_tokens)
+        self._draft_token.add(seconds / n_tokens / self._plain.value)
 
     def passed(self, drafted: Drafted, n_drawn: int, *, pass_s: float, round_s: float) -> None:
         """Note a round: `n_drawn` tokens of the answer. `pass_s` of its seconds are the target's."""
+        if self._fixed is not None:
+            return
         n_proposed = len(drafted.proposal.tokens)
         self.pass_took(n_proposed + 1, pass_s)
-        self._seconds += round_s
+        # As passes of this length usually are: how fast the machine is at the moment does not matter.
+        took = (round_s - pass_s) / self._plain.value + self._pass(1 + n_proposed)
+        self._spent += took
         self._since_plain += n_drawn
         self._since_seen += n_drawn
-        if n_proposed == 0:
-            self._since_plain = 0
         if drafted.n_read == 0:
             return
         self._note_draft(drafted)
-        plain = self._pass(1)
-        if plain is not None:
-            loss = round_s - n_drawn * plain
-            self._wait = _WAIT if loss < 0 else min(2 * self._wait, _LONGEST_WAIT)
-            # What drafts gained may be lost again, but not much of it.
-            self._lost = max(self._lost + loss, -_CREDIT * plain)
-            if drafted.n_read >= MOST:
-                self._invested += drafted.reading_s
+        loss = took - n_drawn
+        self._wait = _WAIT if loss < 0 else min(2 * self._wait, _LONGEST_WAIT)
+        # What drafts gained may be lost again, but not much of it.
+        self._lost = max(self._lost + loss, -_CREDIT)
+        if drafted.n_read >= MOST:
+            self._invested += drafted.reading_s / self._plain.value
         self._since_seen = 0
         if n_proposed:
             self._proxies_per_token += 0.1 * (n_proposed / drafted.n_drafted - self._proxies_per_token)
-            self._right = _MEMORY * self._right + n_drawn - 1
-            self._foreseen_right = _MEMORY * self._foreseen_right + _expected(drafted)
+            self._note_trust(n_drawn - 1, _expected(drafted))
         self._forget(_MEMORY)
         self._accepted += n_drawn - 1
         self._rejected += n_drawn <= n_proposed
@@ -208,6 +222,11 @@ class DraftLength:
             others = list(accumulate(drafted.confidences[n_proposed and drafted.n_drafted :], mul))
             self._accepted += sum(others)
             self._rejected += 1 - others[-1] if others else 0
+
+    def _note_trust(self, right: int, foreseen: float) -> None:
+        """Note how many tokens were right and how many should have been, by the draft's confidence."""
+        self._right = _MEMORY * self._right + right
+        self._foreseen_right = _MEMORY * self._foreseen_right + foreseen
 
     def _forget(self, kept: float) -> None:
         """Let what was accepted and rejected count less."""
@@ -226,38 +245,29 @@ class DraftLength:
 
     def _worth(self, n: int) -> Plan:
         """Draft n tokens, but for those whose cost is not worth their chance."""
-        last = self._seconds_of(n) - self._seconds_of(n - 1)
+        last = self._time_of(n) - self._time_of(n - 1)
         return Plan(n, min(0.5, self._rate(n) * last))
 
     def _rate(self, n: int) -> float:
-        """Expected tokens of the answer per second with n tokens drafted."""
+        """Expected tokens of the answer in the time of a plain pass, with n tokens drafted."""
         a = min(self.acceptance, 0.98)
         expected: float = (1 - a ** (n * self._proxies_per_token + 1)) / (1 - a)
-        return expected / self._seconds_of(n)
+        return expected / self._time_of(n)
 
-    def _seconds_of(self, n: int) -> float:
-        """Expected seconds of a round with n tokens drafted."""
-        passes = self._pass(1 + n * self._proxies_per_token)
-        assert passes is not None
-        return n * self._draft_token.value + passes
+    def _time_of(self, n: int) -> float:
+        """Expected time of a round with n tokens drafted, in plain passes."""
+        return n * self._draft_token.value + self._pass(1 + n * self._proxies_per_token)
 
-    def _pass(self, n: float) -> float | None:
-        """Expected seconds of a pass over n tokens: between measured ones, and not below those of shorter passes."""
-        if self._curve is None:
-            widths = sorted(self._passes)
-            seconds = list(accumulate((self._passes[width].value for width in widths), max))
-            self._curve = widths, seconds
-        widths, seconds = self._curve
-        if not widths or widths[0] > n:
-            return None
-        at = bisect_left(widths, n)
-        if at < len(widths) and widths[at] == n:
-            return seconds[at]
-        last = len(widths) - 1
-        if at <= last:
-            slope = (seconds[at] - seconds[at - 1]) / (widths[at] - widths[at - 1])
-            return seconds[at - 1] + slope * (n - widths[at - 1])
-        slope = _SLOPE * seconds[0]
-        if last:
-            slope = min(slope, (seconds[last] - seconds[0]) / (widths[last] - widths[0]))
-        return seconds[last] + slope * (n - widths[last])
+    def _pass(self, n: float) -> float:
+        """Expected time of a pass over n tokens, in plain passes: on a line through those over 2 and more."""
+        if n <= 1:
+            return 1.0
+        if self._line is None:
+            times = [recent.value for recent in self._passes.values()]
+            weights = [recent.n**0.5 for recent in self._passes.values()]
+            slope, start = np.polyfit([*self._passes], times, 1, w=weights)
+            if slope < 0:
+                slope, start = 0.0, np.average(times, weights=np.square(weights))
+            self._line = float(start), float(slope)
+        start, slope = self._line
+        return max(1.0, start + slope * n)

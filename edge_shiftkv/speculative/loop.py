@@ -21,6 +21,8 @@ from edge_shiftkv.speculative.length import DraftLength
 from edge_shiftkv.speculative.verify import Proposal, Rule, rule_for, verify
 
 _MEASURED = (1, 3, 5, 9)  # tokens of the target's passes
+_TIMES = 3  # at most
+_MEASURING_S = 1.0
 
 
 class Drafting:
@@ -43,11 +45,11 @@ class Drafting:
         self._draft = Draft(path, target, self._options, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
         self._length = DraftLength(self._options.n_draft)
         if self._options.n_draft is None:
+            for n_tokens, seconds in _pass_costs(target, n_threads):
+                self._length.pass_took(n_tokens, seconds)
             n_read, read_s, n_steps, steps_s = self._draft.costs()
             self._length.read(n_read, read_s)
             self._length.drafted(n_steps, steps_s)
-            for n_tokens, seconds in _pass_costs(target, n_threads):
-                self._length.pass_took(n_tokens, seconds)
 
     def close(self) -> None:
         """Free the draft model."""
@@ -83,16 +85,27 @@ class Drafting:
 
 
 def _pass_costs(target: Model, n_threads: int) -> Iterator[tuple[int, float]]:
-    """Measure the target's passes over few tokens: how many, and the seconds."""
+    """Measure the target's passes over few tokens, over one at first: how many, and the seconds.
+
+    All of them once and, if that does not take long, again.
+    """
     tokens = (target.tokenize("The quick brown fox. ") * max(_MEASURED))[: max(_MEASURED)]
     with closing(Context(target, len(tokens), len(tokens), type_k="f16", type_v="f16", n_threads=n_threads)) as context:
-        for i, n in enumerate((1, *_MEASURED)):
+
+        def took(n: int) -> float:
             started = time.perf_counter()
             context.clear()
             context.decode(tokens[:n], 0)
             context.logits()
-            if i:  # the first one may read weights from disk
-                yield n, time.perf_counter() - started
+            return time.perf_counter() - started
+
+        took(1)  # which may read weights from disk
+        began = time.perf_counter()
+        for i in range(_TIMES):
+            if i and time.perf_counter() - began > _MEASURING_S:
+                return
+            for n in _MEASURED:
+                yield n, took(n)
 
 
 class SpeculativeDecoder:

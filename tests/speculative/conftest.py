@@ -17,13 +17,24 @@ from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative import draft
 from edge_shiftkv.speculative.length import DraftLength, Plan
 
+TIE = 1e-3  # logits; passes over one token and over several differ by rounding
+
 
 @dataclass
 class Drawn:
-    """The tokens of one answer, and how far the most likely one was above the second, in logits."""
+    """The tokens of one answer, and how far each was above the second best, in logits with the noise of a draw."""
 
     tokens: list[int] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+
+    def assert_same_as(self, other: Drawn) -> bool:
+        """Fail unless `other` drew the same, or did until two tokens were too close to tell apart, which gives True."""
+        for i, (a, b) in enumerate(zip(self.tokens, other.tokens, strict=False)):
+            if a != b:
+                assert self.gaps[i] < TIE, f"token {i} is {b}, not {a}, which is {self.gaps[i]} ahead"
+                return True
+        assert len(self.tokens) == len(other.tokens)
+        return False
 
 
 class _Shared(Model):
@@ -63,8 +74,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
             answers.append(Drawn())
 
         def sample(self, outputs, output=-1):
-            logits = outputs.logits(output)
-            second, first = np.partition(logits, -2)[-2:]
+            scores = self._adjusted(outputs.logits(output))
+            if self.sampling.temperature > 0:
+                choices = self.choices(outputs.logits(output))
+                scores = choices.scores + self.noise.gumbel(self.n_drawn, choices.tokens)
+            second, first = np.partition(np.append(scores, -np.inf), -2)[-2:]
             token = super().sample(outputs, output)
             answers[-1].tokens.append(token)
             answers[-1].gaps.append(float(first - second))

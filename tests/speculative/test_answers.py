@@ -46,21 +46,13 @@ def drafted(pair):
         yield runtime
 
 
-def assert_same_but_for_ties(expected, got):
-    """Of two records of what was drawn: equal until two logits were too close to say which is higher."""
-    for i, (a, b) in enumerate(zip(expected.tokens, got.tokens, strict=False)):
-        if a != b:
-            assert expected.gaps[i] < 1e-3, f"token {i} is {b}, not {a}, whose logit is {expected.gaps[i]} higher"
-            return
-
-
 @pytest.mark.parametrize("which", ["draft", "same", "stranger"])
 @pytest.mark.parametrize("n_draft", [1, 2, 5, 16, None])
 def test_greedy(pair, plain, drawn, which, n_draft):
     plain.generate(PROMPT, raw=True, max_tokens=48)
     with with_draft(pair.target, getattr(pair, which), n_draft) as runtime:
         figures = runtime.generate(PROMPT, raw=True, max_tokens=48).figures.draft
-    assert_same_but_for_ties(*drawn)
+    drawn[0].assert_same_as(drawn[1])
     if n_draft and which == "same":
         assert figures.accepted == figures.drafted
         assert figures.tokens_per_pass > min(n_draft, 8)
@@ -69,14 +61,13 @@ def test_greedy(pair, plain, drawn, which, n_draft):
 
 
 @pytest.mark.parametrize("options", [*SAMPLED, *PENALIZED])
-def test_a_seed_gives_one_answer_with_any_draft(pair, plain, options):
-    expected = plain.generate(PROMPT, raw=True, max_tokens=40, **options)
+def test_a_seed_gives_one_answer_with_any_draft(pair, plain, drawn, options):
+    plain.generate(PROMPT, raw=True, max_tokens=40, **options)
     accepted = {}
     for which in ("draft", "same", "stranger"):
         with with_draft(pair.target, getattr(pair, which)) as runtime:
             answer = runtime.generate(PROMPT, raw=True, max_tokens=40, **options)
-        assert answer.text == expected.text
-        assert answer.finish_reason == expected.finish_reason
+        drawn[0].assert_same_as(drawn[-1])
         accepted[which] = answer.figures.draft.accepted
     assert accepted["same"] > accepted["draft"] > accepted["stranger"]
 
@@ -129,19 +120,19 @@ def test_sliding_windows_and_other_architectures(tmp_path, drawn, spec):
         with with_draft(model, path) as runtime:
             figures = runtime.generate(PROMPT, raw=True, max_tokens=100).figures.draft
         assert figures.accepted > 0
-        assert_same_but_for_ties(drawn[0], drawn[-1])
+        drawn[0].assert_same_as(drawn[-1])
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED[0]])
 @pytest.mark.parametrize("spec", [Spec(), WINDOW], ids=lambda spec: spec.arch)
-def test_on_a_cut_cache(tmp_path, spec, options):
+def test_on_a_cut_cache(tmp_path, drawn, spec, options):
     model = write_model(spec, tmp_path)
     draft = write_model(dataclasses.replace(spec, n_layer=spec.n_layer - 1), tmp_path)
     with Runtime(model, n_threads=1, kv_budget=24) as runtime:
         expected = runtime.generate(PROMPT, raw=True, max_tokens=60, **options)
     with with_draft(model, draft, kv_budget=24) as runtime:
         answer = runtime.generate(PROMPT, raw=True, max_tokens=60, **options)
-    assert answer.text == expected.text
+    drawn[0].assert_same_as(drawn[1])
     assert answer.figures.kept_tokens == expected.figures.kept_tokens == 24
     assert answer.figures.draft.accepted > 0
 
@@ -278,7 +269,7 @@ def test_a_draft_with_a_shorter_context_goes_on_with_the_end(tmp_path, pair, pla
         plain.generate(prompt, **request)
         with with_draft(pair.target, draft) as runtime:
             figures = runtime.generate(prompt, **request).figures.draft
-        assert_same_but_for_ties(*drawn[-2:])
+        drawn[-2].assert_same_as(drawn[-1])
         assert figures.accepted > 0
         assert figures.drafted > 300
 
