@@ -271,19 +271,20 @@ class Draft:
             reach *= confidence
             if confidence < self._options.min_confidence or reach < enough:
                 break
-            started = time.perf_counter()
             drafted.append(token)
             chances.append(chance)
-            proposed = self._proxies(answer, drafted, overlap)
-            bridge_s += time.perf_counter() - started
-            if len(drafted) == n_draft or len(proposed) >= most or not self._model.piece(token):
+            if len(drafted) == min(n_draft, most) or not self._model.piece(token):
                 break
             started = time.perf_counter()
             self._cache.extend(token)
             n_passes += 1
             model_s += time.perf_counter() - started
-        del proposed[most:]
+            if self._rule == "coupled":  # the place of the next draw
+                started = time.perf_counter()
+                proposed = self._proxies(answer, drafted, overlap)
+                bridge_s += time.perf_counter() - started
         started = time.perf_counter()
+        proposed = self._proxies(answer, drafted, overlap)[:most]
         chances = self._transferred(drafted, proposed, chances) if self._rule == "tokentiming" else []
         bridge_s += time.perf_counter() - started
         return Drafted(
