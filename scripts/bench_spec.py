@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ from edge_shiftkv.sampling import Floats, Outputs, Sampler
 from edge_shiftkv.speculative.draft import Draft, Drafted, DraftOptions
 from edge_shiftkv.speculative.length import MOST
 from edge_shiftkv.speculative.loop import Drafting, SpeculativeDecoder
-from edge_shiftkv.speculative.verify import SAMPLING_RULES, Proposal
+from edge_shiftkv.speculative.verify import SAMPLING_RULES, Proposal, Rule
 
 SUMMED = ("tokens", "rounds", "drafted", "accepted", "decode_s", "native_s", "draft_s", "align_s", "verify_s")
 PROMPTS = Path(__file__).parent / "data" / "spec_prompts.jsonl"
 NATIVE = ("llama_decode", "llama_get_logits_ith", "llama_sampler_apply", "llama_tokenize", "llama_token_to_piece")
 TIE = 0.05  # logits; passes over one token and over several differ by rounding
-SAMPLED = {"temperature": 0.7, "seed": 1}
+SAMPLED: dict[str, Any] = {"temperature": 0.7, "seed": 1}
 
 Row = dict[str, Any]
 
@@ -101,7 +102,7 @@ def native_clock() -> Iterator[Callable[[], float]]:
 
     for name, function in originals.items():
         setattr(llama, name, timed(function))
-    SpeculativeDecoder.advance = counted_advance  # type: ignore[method-assign]
+    SpeculativeDecoder.advance = counted_advance  # type: ignore[method-assign, assignment]
     try:
         yield lambda: seconds
     finally:
@@ -139,7 +140,7 @@ class Bench:
         return self._alone.generate(prompt, max_tokens=self._arguments.tokens, **options)
 
     def helped(
-        self, prompt: str, n_draft: int | None, rule: str | None = None, *, wrong: bool = False, **options: Any
+        self, prompt: str, n_draft: int | None, rule: Rule | None = None, *, wrong: bool = False, **options: Any
     ) -> Completion:
         """Its answer with a draft; every variant keeps what it learns of its costs."""
         key = (n_draft, rule, wrong)
@@ -169,7 +170,7 @@ def accept(arguments: argparse.Namespace, results: Results) -> None:
                 key = {"measured": "accept", "rule": rule, "n_draft": n_draft, "prompt": row["prompt"]}
                 if results.has(**key):
                     continue
-                options = {} if rule == "greedy" else SAMPLED
+                options: dict[str, Any] = {} if rule == "greedy" else SAMPLED
                 with native_clock() as native_s:
                     figures = bench.helped(
                         row["prompt"], n_draft, rule if rule in SAMPLING_RULES else None, **options
@@ -194,7 +195,7 @@ def speed(arguments: argparse.Namespace, results: Results) -> None:
         "alone": bench.alone,
         "planned": lambda prompt: bench.helped(prompt, None),
         "planned, disagree": lambda prompt: bench.helped(prompt, None, wrong=True),
-        **{f"{n} tokens": lambda prompt, n=n: bench.helped(prompt, n) for n in arguments.lengths},
+        **{f"{n} tokens": partial(bench.helped, n_draft=n) for n in arguments.lengths},
     }
     for variant in variants.values():  # reads the weights from disk and measures costs
         variant("Hello.")
@@ -225,10 +226,10 @@ def exact(arguments: argparse.Namespace, results: Results) -> None:
             recorded.append((token, float(first - second)))
             return token
 
-    runtime.Sampler = Recorder  # type: ignore[misc]
+    runtime.Sampler = Recorder  # type: ignore[attr-defined]
     bench = Bench(arguments)
     for row, rule in itertools.product(prompts(arguments.prompts), arguments.rules):
-        options = {} if rule == "greedy" else SAMPLED
+        options: dict[str, Any] = {} if rule == "greedy" else SAMPLED
         expected = None
         for n_draft in (*arguments.lengths, None):
             key = {"measured": "exact", "rule": rule, "n_draft": n_draft, "prompt": row["prompt"]}
@@ -256,8 +257,10 @@ def report(results: Results) -> None:
     """Print the tables."""
     rows = [row for row in results.rows if row["measured"] == "accept"]
     if rows:
-        print("| Rule | Draft tokens | Tokens per pass | Accepted | Draft, align, verify | In Python |")
-        print("|---|---|---|---|---|---|")
+        print(
+            "| Rule | Draft tokens | Tokens per pass | Accepted | Draft, align, verify | Align, a round | In Python |"
+        )
+        print("|---|---|---|---|---|---|---|")
     for rule, n_draft in sorted({(row["rule"], row["n_draft"]) for row in rows}):
         some = [row for row in rows if (row["rule"], row["n_draft"]) == (rule, n_draft)]
         total = {name: sum(row[name] for row in some) for name in SUMMED}
@@ -265,7 +268,7 @@ def report(results: Results) -> None:
         print(
             f"| {rule} | {n_draft} | {(total['rounds'] + total['accepted']) / total['rounds']:.2f} "
             f"| {total['accepted'] / max(1, total['drafted']):.1%} | {shares} "
-            f"| {1 - total['native_s'] / total['decode_s']:.1%} |"
+            f"| {1e6 * total['align_s'] / total['rounds']:.0f} µs | {1 - total['native_s'] / total['decode_s']:.1%} |"
         )
     if rows:
         print("\n| Kind of prompt | Tokens per pass, by draft tokens, greedy |\n|---|---|")
@@ -288,7 +291,7 @@ def report(results: Results) -> None:
         both = [prompt for prompt in measured if prompt in by_variant["alone"]]
 
         def rate(rows: list[Row]) -> float:
-            return sum(row["tokens"] - 1 for row in rows) / sum(row["decode_s"] for row in rows)
+            return float(sum(row["tokens"] - 1 for row in rows) / sum(row["decode_s"] for row in rows))
 
         here, alone = [measured[prompt] for prompt in both], [by_variant["alone"][prompt] for prompt in both]
         ratios = [rate([a]) / rate([b]) for a, b in zip(here, alone, strict=True)]

@@ -176,7 +176,8 @@ def _paint(rng: np.random.RandomState, cells: np.ndarray) -> np.ndarray:
         picture[CELL - 1 :: CELL] += (ink_colour - paper_colour) // 6
     spread = rng.randint(0, 25)
     picture += rng.randint(-spread, spread + 1, size=(SIZE, SIZE, 1))
-    return picture.clip(0, 255).astype(np.uint8)
+    pixels: np.ndarray = picture.clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def make_document(seed: int) -> Document:

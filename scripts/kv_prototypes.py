@@ -50,7 +50,8 @@ class Answered:
 
     def keys(self, layer: int, n: int | None = None) -> Array:
         """Those of the first n tokens, by default the prompt's: [n_head_kv, n, n_embd_head]."""
-        return shiftkv.keys(self._context, layer)[: n or self.n_prompt].transpose(1, 0, 2)
+        keys: Array = shiftkv.keys(self._context, layer)[: n or self.n_prompt].transpose(1, 0, 2)
+        return keys
 
     def queries(self, layer: int, *, answer: bool = False) -> Array:
         """The prompt's last ones, or the answer's: [n, n_head, n_embd_head]."""
@@ -64,13 +65,13 @@ class Answered:
 
     def project(self, layer: int, hidden: Array) -> Array:
         """[n, n_embd] to queries that are not rotated yet, [n, n_head, n_embd_head]."""
-        queries = hidden @ self._weight(f"blk.{layer}.attn_q.weight").T
+        queries: Array = hidden @ self._weight(f"blk.{layer}.attn_q.weight").T
         if f"blk.{layer}.attn_q.bias" in self._tensors:
             queries += self._weight(f"blk.{layer}.attn_q.bias")
         shape = shiftkv.shape(self._context, layer)
         return queries.reshape(len(hidden), shape.n_head, shape.n_embd_head)
 
-    def rotate(self, queries: Array, positions: npt.ArrayLike) -> Array:
+    def rotate(self, queries: Array, positions: npt.NDArray[Any]) -> Array:
         """Turn queries [n, n_head, n_embd_head] to positions [n]; by negative ones, back."""
         half = queries.shape[-1] // 2
         angles = np.outer(positions, self._base ** (-np.arange(half) / half))[:, None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from edge_shiftkv.speculative.verify import Proposal, Rule, verify
 Floats = npt.NDArray[np.float64]
 
 N_VOCAB, N_TOKENS = 4, 3
-MODEL = SimpleNamespace(n_vocab=N_VOCAB, suppressed_tokens=[])
+MODEL: Any = SimpleNamespace(n_vocab=N_VOCAB, suppressed_tokens=[])
 
 
 class Table:
@@ -32,7 +33,9 @@ class Table:
 
     def __call__(self, text: Sequence[int]) -> npt.NDArray[np.float32]:
         """The logits after `text`, [N_VOCAB]."""
-        return self._logits[(*text, *(N_VOCAB,) * (N_TOKENS - len(text)))].astype(np.float32)
+        place = (*text, *(N_VOCAB,) * (N_TOKENS - len(text)))
+        logits: npt.NDArray[np.float32] = self._logits[place].astype(np.float32)
+        return logits
 
     def blend(self, other: Table, share: float) -> Table:
         """This model, with a share of another."""
@@ -45,7 +48,7 @@ TARGET = Table(1)
 DRAFTS = {"alike": TARGET.blend(Table(2), 0.3), "other": Table(3), "same": TARGET}
 
 
-UNFILTERED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+UNFILTERED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 def probabilities(sampling: Sampling) -> Floats:
@@ -95,7 +98,7 @@ def answer(sampling: Sampling, rule: Rule, draft: Table | None, n_draft: int) ->
     return tuple(text), rounds, proposed, accepted
 
 
-def measure(rule: Rule, draft: Table | None, n_texts: int, n_draft: int = 2, **options: float) -> tuple[Floats, float]:
+def measure(rule: Rule, draft: Table | None, n_texts: int, n_draft: int = 2, **options: Any) -> tuple[Floats, float]:
     """How often each text was written, and the share of the proposed tokens that was accepted."""
     counts = np.zeros((N_VOCAB,) * N_TOKENS)
     n_proposed = n_accepted = 0
@@ -107,7 +110,7 @@ def measure(rule: Rule, draft: Table | None, n_texts: int, n_draft: int = 2, **o
     return counts, n_accepted / max(n_proposed, 1)
 
 
-def distance(counts: Floats, expected: Floats) -> float:
+def distance(counts: npt.NDArray[Any], expected: Floats) -> float:
     """The total variation distance of what was counted from probabilities."""
     return float(np.abs(counts / counts.sum() - expected).sum() / 2)
 
@@ -121,8 +124,8 @@ def main() -> None:
     print("| Rule | Draft | Accepted | Total variation distance from the target's distribution |")
     print("|---|---|---|---|")
     # As far as exact draws of this number are from their own distribution.
-    drawn = np.random.default_rng(0).multinomial(n_texts, expected.ravel()).reshape(expected.shape)
-    print(f"| exact draws | | | {distance(drawn, expected):.4f} |")
+    drawn = np.random.default_rng(0).multinomial(n_texts, expected.ravel())
+    print(f"| exact draws | | | {distance(drawn, expected.ravel()):.4f} |")
     rules: tuple[Rule, ...] = ("coupled", "tokentiming")
     for rule in rules:
         for name, draft in DRAFTS.items():

@@ -186,7 +186,8 @@ class DemoVLM(nn.Module):
 
 def draw_question(document: Document, rng: np.random.RandomState, mix: npt.NDArray[np.float64]) -> Question:
     task = TASKS[rng.choice(len(TASKS), p=mix)]
-    subjects = {"lookup": list(document.values), "line": list(document.lines)}.get(task, [""])
+    known: dict[str, list[str | int]] = {"lookup": [*document.values], "line": [*document.lines]}
+    subjects = known.get(task, [""])
     return document.ask(task, rng.randint(len(WORDINGS[task])), subjects[rng.randint(len(subjects))])
 
 
@@ -309,7 +310,8 @@ def train(args: argparse.Namespace) -> None:
 def load(checkpoint: Path) -> DemoVLM:
     model = DemoVLM()
     model.load_state_dict(torch.load(checkpoint)["model"])
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.inference_mode()
