@@ -7,16 +7,34 @@
 Raises ImportError when the llama-cpp-python installed is not the patched one; ``edge-shiftkv build`` makes it.
 """
 
-from edge_shiftkv.errors import ImageError, ModelError, PromptError, ShiftKVError
+import edge_shiftkv.native  # noqa: F401 - first: it says what to do where the library is not the patched one
+from edge_shiftkv.errors import (
+    BusyError,
+    CancelledError,
+    ClosedError,
+    ContextOverflowError,
+    ImageError,
+    ModelError,
+    PromptError,
+    SettingError,
+    ShiftKVError,
+    TimeLimitError,
+)
+from edge_shiftkv.request import Options
 from edge_shiftkv.results import Completion, DraftFigures, Figures
-from edge_shiftkv.runtime import Runtime, Stream
+from edge_shiftkv.runtime import Runtime
 from edge_shiftkv.selection import ImageSpan, Selection, ShiftKV
 from edge_shiftkv.selection.heatmap import heatmap
 from edge_shiftkv.speculative.draft import DraftOptions
 from edge_shiftkv.speculative.llama_draft import LlamaDraft
+from edge_shiftkv.stream import Stream
 
 __all__ = [
+    "BusyError",
+    "CancelledError",
+    "ClosedError",
     "Completion",
+    "ContextOverflowError",
     "DraftFigures",
     "DraftOptions",
     "Figures",
@@ -24,11 +42,14 @@ __all__ = [
     "ImageSpan",
     "LlamaDraft",
     "ModelError",
+    "Options",
     "PromptError",
     "Runtime",
     "Selection",
+    "SettingError",
     "ShiftKV",
     "ShiftKVError",
     "Stream",
+    "TimeLimitError",
     "heatmap",
 ]

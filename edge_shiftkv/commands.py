@@ -12,11 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
+import edge_shiftkv.native  # noqa: F401 - first: it says what to do where the library is not the patched one
 from edge_shiftkv._paths import models_dir
 from edge_shiftkv.errors import ShiftKVError
 from edge_shiftkv.prompts.images import load_image
+from edge_shiftkv.request import Options
 from edge_shiftkv.results import Completion, DraftFigures, Figures
-from edge_shiftkv.runtime import Options, Runtime
+from edge_shiftkv.runtime import Runtime
 from edge_shiftkv.selection.heatmap import heatmap
 from edge_shiftkv.speculative.draft import DraftOptions
 

@@ -7,13 +7,46 @@ class ShiftKVError(RuntimeError):
     """Base of all errors of this package, and the error where none of the narrower ones fits."""
 
 
+class SettingError(ShiftKVError, ValueError):
+    """A setting of a runtime, a method, a draft or a request that is out of its range."""
+
+
 class ModelError(ShiftKVError):
     """A GGUF file that cannot be loaded, or does not fit the other one."""
 
 
 class PromptError(ShiftKVError):
-    """A prompt, a list of messages or a setting of a request that cannot be used."""
+    """A prompt or a list of messages that cannot be used."""
 
 
 class ImageError(PromptError):
     """An image that cannot be read or is outside the limits."""
+
+
+class ContextOverflowError(PromptError):
+    """A prompt that leaves no room for an answer.
+
+    n_tokens: tokens of the prompt.
+    n_ctx: the most tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, message: str, n_tokens: int, n_ctx: int) -> None:
+        super().__init__(message)
+        self.n_tokens = n_tokens
+        self.n_ctx = n_ctx
+
+
+class BusyError(ShiftKVError):
+    """A runtime that another thread is using; it serves one request at a time."""
+
+
+class ClosedError(ShiftKVError):
+    """Something that was used after it was closed."""
+
+
+class CancelledError(ShiftKVError):
+    """A request that `cancel` ended; what a stream gave before stays valid."""
+
+
+class TimeLimitError(CancelledError):
+    """A request that took longer than its `time_limit`."""

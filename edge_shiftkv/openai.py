@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge_shiftkv.results import Completion
-
-if TYPE_CHECKING:
-    from edge_shiftkv.runtime import Stream
+from edge_shiftkv.stream import Stream
 
 
 def completion(answer: Completion, model: str) -> dict[str, Any]:

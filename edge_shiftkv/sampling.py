@@ -19,7 +19,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
-from edge_shiftkv.errors import PromptError, ShiftKVError
+from edge_shiftkv.errors import ClosedError, SettingError
 from edge_shiftkv.native.llama import Model
 
 _MAX_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED, which means none
@@ -44,7 +44,7 @@ class Sampling:
     frequency_penalty: the same, for each time it is among them.
     logit_bias: token -> what is added to its logit; -inf bans it.
 
-    Raises PromptError when a value is out of its range.
+    Raises SettingError when a value is out of its range.
     """
 
     temperature: float = 0.0
@@ -59,28 +59,28 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise PromptError(f"temperature is {self.temperature}: it has to be a finite number >= 0")
+            raise SettingError(f"temperature is {self.temperature}: it has to be a finite number >= 0")
         if self.top_k < 0:
-            raise PromptError(f"top_k is {self.top_k}: it has to be >= 0 (0 keeps all tokens)")
+            raise SettingError(f"top_k is {self.top_k}: it has to be >= 0 (0 keeps all tokens)")
         if not 0 < self.top_p <= 1:
-            raise PromptError(f"top_p is {self.top_p}: it has to be in (0, 1]")
+            raise SettingError(f"top_p is {self.top_p}: it has to be in (0, 1]")
         if not 0 <= self.min_p <= 1:
-            raise PromptError(f"min_p is {self.min_p}: it has to be in [0, 1]")
+            raise SettingError(f"min_p is {self.min_p}: it has to be in [0, 1]")
         if self.seed is not None and not 0 <= self.seed < _MAX_SEED:
-            raise PromptError(f"seed is {self.seed}: it has to be in [0, {_MAX_SEED})")
+            raise SettingError(f"seed is {self.seed}: it has to be in [0, {_MAX_SEED})")
         if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
-            raise PromptError(f"repeat_penalty is {self.repeat_penalty}: it has to be a finite number > 0 (1 is off)")
+            raise SettingError(f"repeat_penalty is {self.repeat_penalty}: it has to be a finite number > 0 (1 is off)")
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(value := getattr(self, name)):
-                raise PromptError(f"{name} is {value}: it has to be a finite number (0 is off)")
+                raise SettingError(f"{name} is {value}: it has to be a finite number (0 is off)")
         if any(math.isnan(bias) or bias == math.inf for bias in (self.logit_bias or {}).values()):
-            raise PromptError("a logit_bias is not a number: use finite ones, or -inf to ban a token")
+            raise SettingError("a logit_bias is not a number: use finite ones, or -inf to ban a token")
 
     def check(self, n_vocab: int) -> None:
-        """Raise PromptError for a bias on what is none of a vocabulary's `n_vocab` tokens."""
+        """Raise SettingError for a bias on what is none of a vocabulary's `n_vocab` tokens."""
         for token in self.logit_bias or ():
             if not isinstance(token, int) or not 0 <= token < n_vocab:
-                raise PromptError(f"logit_bias for token {token!r}: the model's tokens are 0 to {n_vocab - 1}")
+                raise SettingError(f"logit_bias for token {token!r}: the model's tokens are 0 to {n_vocab - 1}")
 
     @property
     def penalizes(self) -> bool:
@@ -203,7 +203,7 @@ class Sampler:
     def choices(self, logits: npt.NDArray[np.float32]) -> Choices:
         """The tokens that the next one is drawn from, by logits of shape [n_vocab]."""
         if not self._n_vocab:
-            raise ShiftKVError("the sampler is closed")
+            raise ClosedError("the sampler is closed")
         adjusted = self._adjusted(logits)
         if self._filters is None:
             best = np.argmax(adjusted)

@@ -32,13 +32,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from edge_shiftkv.decoding import Prefill, prefill_batch
 from intervals import wilson
 from kv_methods import configured
 from kv_prototypes import Answered, Ranking, oracle, prototype
 from quality_tasks import SUITES, Case, cases
 from tqdm import tqdm
 
-from edge_shiftkv.decoding import Prefill, prefill_batch
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.native.mtmd import Projector, TextChunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from edge_shiftkv.errors import ModelError, PromptError, ShiftKVError
 from edge_shiftkv.native import logs
+from edge_shiftkv.native.calls import Handle, Interrupt, Loading, native_call
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20}
 """The types a KV cache can be stored in: llama.cpp's names and enum ggml_type."""
@@ -22,42 +23,44 @@ _ATTR_UNKNOWN, _ATTR_CONTROL = 1 << 0, 1 << 3  # enum llama_token_attr
 ATTR_LSTRIP, ATTR_RSTRIP = 1 << 7, 1 << 8
 
 
-class Model:
-    """The weights and the vocabulary of one GGUF file, or its vocabulary only.
+class Model(Handle):
+    """The weights and the vocabulary of one GGUF file, or its vocabulary only: a `llama_model *`.
+
+    Contexts made from it have to be closed before it is.
+
+    progress: is given the share of the file that is loaded, 0 to 1, now and then.
 
     Raises ModelError when the file is missing, is not a GGUF file or cannot be loaded.
     """
 
-    def __init__(self, path: Path, n_gpu_layers: int, *, vocab_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        n_gpu_layers: int,
+        *,
+        vocab_only: bool = False,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         check_gguf(path)
         params = llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.vocab_only = vocab_only
-        self._model: int | None = None
+        loading = Loading(progress)
+        params.progress_callback = llama.llama_progress_callback(loading)
         self._pieces: dict[int, bytes] = {}
-        with logs.native_call() as errors:
-            self._model = llama.llama_model_load_from_file(str(path).encode(), params)
-        if not self._model:
+        with native_call() as errors:
+            super().__init__(
+                "model", llama.llama_model_load_from_file(str(path).encode(), params), llama.llama_model_free
+            )
+        loading.check()
+        if not self._pointer:
             raise ModelError(
                 f"{path}: not a language model this llama.cpp can load, or an incomplete file{logs.explain(errors)}"
             )
-        self._vocab = llama.llama_model_get_vocab(self._model)
-        if llama.llama_model_has_encoder(self._model) or not llama.llama_model_has_decoder(self._model):
+        self._vocab = llama.llama_model_get_vocab(self.pointer)
+        if llama.llama_model_has_encoder(self.pointer) or not llama.llama_model_has_decoder(self.pointer):
             self.close()
             raise ModelError(f"{path}: models with a text encoder are not supported, only those that continue a text")
-
-    def close(self) -> None:
-        """Free the weights; contexts made from them have to be closed before."""
-        model, self._model = self._model, None
-        if model:
-            llama.llama_model_free(model)
-
-    @property
-    def pointer(self) -> int:
-        """The `llama_model *`."""
-        if not self._model:
-            raise ShiftKVError("the model is closed")
-        return self._model
 
     @cached_property
     def n_ctx_train(self) -> int:
@@ -137,7 +140,7 @@ class Model:
         data = text.encode(errors="replace")
         n_max = len(data) + 2  # a token is a byte or more, but for a leading space some tokenizers add
         tokens = (llama.llama_token * n_max)()
-        with logs.native_call():
+        with native_call():
             n = llama.llama_tokenize(self._vocab, data, len(data), tokens, n_max, False, False)
         if n < 0:
             raise PromptError(f"the text could not be tokenized ({len(text)} characters)")
@@ -178,10 +181,13 @@ class Model:
         return buffer.value.decode(errors="replace") if n >= 0 else None
 
 
-class Context:
-    """A KV cache of `n_ctx` tokens and the buffers to decode up to `n_batch` tokens at once, for one sequence.
+class Context(Handle):
+    """A KV cache of `n_ctx` tokens and the buffers to decode up to `n_batch` tokens at once: a `llama_context *`.
+
+    It holds one sequence.
 
     n_outputs: the most tokens of one `decode` that logits are wanted for.
+    interrupt: ends what it computes.
 
     Raises ShiftKVError when the memory for it cannot be had or the model does not work with these KV types.
     """
@@ -196,6 +202,7 @@ class Context:
         type_v: str,
         n_threads: int,
         n_outputs: int = 1,
+        interrupt: Interrupt | None = None,
     ) -> None:
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -205,33 +212,21 @@ class Context:
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = KV_TYPES[type_k]
         params.type_v = KV_TYPES[type_v]
-        self._context: int | None = None
-        with logs.native_call() as errors:
-            self._context = llama.llama_init_from_model(model.pointer, params)
-        if not self._context:
+        with native_call() as errors:
+            super().__init__("context", llama.llama_init_from_model(model.pointer, params), llama.llama_free)
+        if not self._pointer:
             raise ShiftKVError(
                 f"no context of {n_ctx} tokens with a {type_k}/{type_v} KV cache for this model: lower n_ctx or "
                 f"choose other KV types{logs.explain(errors)}"
             )
-        if not llama.llama_get_memory(self._context):
+        if not llama.llama_get_memory(self.pointer):
             self.close()
             raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
-        self.n_ctx = llama.llama_n_ctx(self._context)
-        self.n_batch = llama.llama_n_batch(self._context)
-        self._n_vocab = model.n_vocab
-
-    def close(self) -> None:
-        """Free the KV cache and the buffers."""
-        context, self._context = self._context, None
-        if context:
-            llama.llama_free(context)
-
-    @property
-    def pointer(self) -> int:
-        """The `llama_context *`."""
-        if not self._context:
-            raise ShiftKVError("the context is closed")
-        return self._context
+        self.n_ctx = llama.llama_n_ctx(self.pointer)
+        self.n_batch = llama.llama_n_batch(self.pointer)
+        self.interrupt = interrupt or Interrupt()
+        self.interrupt.watch(self.pointer)
+        self.model = model
 
     def clear(self) -> None:
         """Empty the KV cache."""
@@ -245,8 +240,9 @@ class Context:
     def decode(self, tokens: Sequence[int], position: int, *, logits: int = 1) -> None:
         """Decode up to `n_batch` tokens from `position` on, with logits after each of the last `logits` tokens.
 
-        Raises ShiftKVError when llama.cpp fails; the cache is then to be cleared.
+        Raises ShiftKVError when llama.cpp fails, and CancelledError; the cache is then to be cleared.
         """
+        self.interrupt.check()
         n = len(tokens)
         batch = llama.llama_batch(
             n_tokens=n,
@@ -254,9 +250,10 @@ class Context:
             pos=(llama.llama_pos * n)(*range(position, position + n)),
             logits=(ctypes.c_int8 * n)(*[0] * (n - logits), *[1] * logits),
         )
-        with logs.native_call() as errors:
+        with native_call() as errors:
             status = llama.llama_decode(self.pointer, batch)
         if status:
+            self.interrupt.check()
             raise ShiftKVError(f"llama_decode failed with status {status}{logs.explain(errors)}")
 
     def logits(self, output: int = -1) -> npt.NDArray[np.float32]:
@@ -264,7 +261,7 @@ class Context:
 
         output: counts tokens with logits, from the last one backwards: -1, -2, ...
         """
-        return np.ctypeslib.as_array(llama.llama_get_logits_ith(self.pointer, output), (self._n_vocab,))
+        return np.ctypeslib.as_array(llama.llama_get_logits_ith(self.pointer, output), (self.model.n_vocab,))
 
 
 def check_gguf(path: Path) -> None:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import signal
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 logger = logging.getLogger("edge_shiftkv.llama_cpp")
@@ -25,25 +23,32 @@ logging.getLogger("edge_shiftkv").addHandler(logging.NullHandler())
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUES = 5
 
-_recent_errors: deque[str] = deque(maxlen=8)
+
+class _Thread(threading.local):
+    """What one thread logs: another's calls may fail at the same time."""
+
+    def __init__(self) -> None:
+        self.level = logging.DEBUG
+        self.errors: list[str] | None = None  # only while somebody reads them
+
+
+_thread = _Thread()
 _callback: Any = None  # ctypes keeps no reference to what C calls back
 
 
 def redirect(llama_cpp: ModuleType, mtmd_cpp: ModuleType) -> None:
     """Send the log of llama.cpp, ggml and mtmd to `logger`."""
     global _callback
-    level = logging.DEBUG
 
     def receive(ggml_level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-        nonlocal level
         if ggml_level != _CONTINUES:
-            level = _LEVELS.get(ggml_level, logging.DEBUG)
+            _thread.level = _LEVELS.get(ggml_level, logging.DEBUG)
         line = text.decode(errors="replace").strip()
         if not line.strip("."):  # loading prints its progress as dots
             return
-        if level >= logging.ERROR:
-            _recent_errors.append(line)
-        logger.log(level, "%s", line)
+        if _thread.errors is not None and _thread.level >= logging.ERROR:
+            _thread.errors.append(line)
+        logger.log(_thread.level, "%s", line)
 
     _callback = llama_cpp.llama_log_callback(receive)
     llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
@@ -51,26 +56,16 @@ def redirect(llama_cpp: ModuleType, mtmd_cpp: ModuleType) -> None:
 
 
 @contextmanager
-def native_call() -> Iterator[deque[str]]:
-    """Surround calls into llama.cpp that may log; yields the error lines they log.
-
-    Ctrl-C is held back until the end: raised inside the log callback, a KeyboardInterrupt would be lost in C.
-    """
-    _recent_errors.clear()
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield _recent_errors
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+def errors_of_this_thread() -> Iterator[list[str]]:
+    """Yields a list that grows by the error lines this thread logs."""
+    errors: list[str] = []
+    before, _thread.errors = _thread.errors, errors
     try:
-        yield _recent_errors
+        yield errors
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[-1])
+        _thread.errors = before
 
 
-def explain(lines: deque[str]) -> str:
+def explain(lines: Sequence[str]) -> str:
     """The first error line, which is the most specific one, as the end of a message; or nothing."""
     return f" (llama.cpp: {' '.join(lines[0].split())})" if lines else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from edge_shiftkv.errors import ImageError, ModelError, PromptError, ShiftKVError
 from edge_shiftkv.native import logs
+from edge_shiftkv.native.calls import Handle, Interrupt, Loading, native_call
 from edge_shiftkv.native.llama import Context, Model, check_gguf
 
 
@@ -46,60 +47,59 @@ class ImageChunk:
     pointer: int
 
 
-class Chunks:
-    """A tokenized prompt with images. Owns the preprocessed images until `close`."""
+class Chunks(Handle):
+    """A tokenized prompt with images: `mtmd_input_chunks *`. Owns the preprocessed images until `close`."""
 
     def __init__(self, pointer: int) -> None:
-        self._pointer: int | None = pointer
+        super().__init__("prompt", pointer, mtmd.mtmd_input_chunks_free)
         self.items = [_chunk(pointer, i) for i in range(mtmd.mtmd_input_chunks_size(pointer))]
-
-    def close(self) -> None:
-        """Free the preprocessed images."""
-        pointer, self._pointer = self._pointer, None
-        if pointer:
-            mtmd.mtmd_input_chunks_free(pointer)
 
     def __del__(self) -> None:
         self.close()
 
 
-class Projector:
-    """A vision encoder with its projector (``mmproj``).
+class Projector(Handle):
+    """A vision encoder with its projector (``mmproj``): an `mtmd_context *`.
+
+    interrupt: ends what it computes.
+    progress: is given the share of the file that is loaded, 0 to 1, now and then.
 
     Raises ModelError when the file is missing, is not one, has no vision encoder or belongs to another model.
     """
 
-    def __init__(self, path: Path, model: Model, *, use_gpu: bool, n_threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: Model,
+        *,
+        use_gpu: bool,
+        n_threads: int,
+        interrupt: Interrupt | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         check_gguf(path)
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = use_gpu
         params.n_threads = n_threads
         params.print_timings = False
         params.warmup = False
-        self._context: int | None = None
-        with logs.native_call() as errors:
-            self._context = mtmd.mtmd_init_from_file(str(path).encode(), model.pointer, params)
-        if not self._context:
+        self.interrupt = interrupt or Interrupt()
+        self.interrupt.watch_encoder(params)
+        loading = Loading(progress)
+        params.progress_callback = mtmd.mtmd_progress_callback(loading)
+        with native_call() as errors:
+            super().__init__(
+                "mmproj", mtmd.mtmd_init_from_file(str(path).encode(), model.pointer, params), mtmd.mtmd_free
+            )
+        loading.check()
+        if not self._pointer:
             raise ModelError(
                 f"{path}: not the mmproj of this model; use the file that was converted together with it"
                 f"{logs.explain(errors)}"
             )
-        if not mtmd.mtmd_support_vision(self._context):
+        if not mtmd.mtmd_support_vision(self.pointer):
             self.close()
             raise ModelError(f"{path}: this mmproj has no vision encoder")
-
-    def close(self) -> None:
-        """Free the weights."""
-        context, self._context = self._context, None
-        if context:
-            mtmd.mtmd_free(context)
-
-    @property
-    def pointer(self) -> int:
-        """The `mtmd_context *`."""
-        if not self._context:
-            raise ShiftKVError("the mmproj is closed")
-        return self._context
 
     def tokenize(self, parts: Sequence[Text | Image.Image]) -> Chunks:
         """Tokenize text and preprocess RGB images. Raises PromptError."""
@@ -119,7 +119,7 @@ class Projector:
                     bitmaps.append(bitmap)
                     native = mtmd.mtmd_input_part(bitmap=bitmap)
                 pointers[i] = ctypes.pointer(native)
-            with logs.native_call() as errors:
+            with native_call() as errors:
                 status = mtmd.mtmd_tokenize_from_parts(self.pointer, output, pointers, len(parts), False)
             if status:
                 raise PromptError(f"the prompt could not be tokenized{logs.explain(errors)}")
@@ -137,20 +137,25 @@ class Projector:
         return bool(mtmd.mtmd_decode_use_non_causal(self.pointer, chunk.pointer))
 
     def encode(self, chunk: ImageChunk) -> None:
-        """Run the vision encoder; the embeddings stay inside until the next call. Raises ImageError."""
-        with logs.native_call() as errors:
+        """Run the vision encoder; the embeddings stay inside until the next call.
+
+        Raises ImageError, and CancelledError.
+        """
+        self.interrupt.check()
+        with native_call() as errors:
             status = mtmd.mtmd_encode_chunk(self.pointer, chunk.pointer)
+        self.interrupt.check()  # the encoder does not tell that it was ended
         if status:
             raise ImageError(f"image {chunk.image + 1}: the vision encoder failed{logs.explain(errors)}")
 
     def decode(self, context: Context, chunk: ImageChunk, position: int) -> int:
         """Decode the embeddings of the last `encode` from `position` on; return the position after them.
 
-        With M-RoPE that is less than the number of tokens further on. Raises ShiftKVError.
+        With M-RoPE that is less than the number of tokens further on. Raises ShiftKVError, and CancelledError.
         """
         embeddings = mtmd.mtmd_get_output_embd(self.pointer)
         after = llama.llama_pos(position)
-        with logs.native_call() as errors:
+        with native_call() as errors:
             status = mtmd.mtmd_helper_decode_image_chunk(
                 *(self.pointer, context.pointer, chunk.pointer, embeddings, position, 0, context.n_batch),
                 ctypes.byref(after),
@@ -158,6 +163,7 @@ class Projector:
                 None,
             )
         if status:
+            context.interrupt.check()
             raise ShiftKVError(
                 f"image {chunk.image + 1}: llama.cpp failed to decode it, status {status}{logs.explain(errors)}"
             )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edge_shiftkv.errors import ShiftKVError
 from edge_shiftkv.native import logs
+from edge_shiftkv.native.calls import native_call
 from edge_shiftkv.native.llama import Context
 
 MAX_PROXY = 4096
@@ -236,7 +237,7 @@ def _captured(function: Any, context: Context, layer: int, n_max: int, row: tupl
 
 
 def _check(what: str, function: Any, *arguments: Any) -> int:
-    with logs.native_call() as errors:
+    with native_call() as errors:
         status: int = function(*arguments)
     if status < 0:
         detail = logs.explain(errors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edge_shiftkv.decoding import Prefill, prefill_batch
-from edge_shiftkv.errors import ModelError, PromptError, ShiftKVError
+from edge_shiftkv.engine.prefilled import Prefilled, prefill_batch
+from edge_shiftkv.errors import ModelError, PromptError, SettingError, ShiftKVError
+from edge_shiftkv.native.calls import Interrupt
 from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.native.mtmd import Projector, TextChunk
 from edge_shiftkv.prompts.chat import ChatTemplate
@@ -54,7 +55,7 @@ class DraftOptions:
     mmproj: path of the draft's own vision encoder and projector; without one, it is given the text of a prompt only.
     min_confidence: a draft ends before a token that the draft model gives a lower probability.
 
-    Raises ShiftKVError when a value is out of its range.
+    Raises SettingError when a value is out of its range.
     """
 
     n_draft: int | None = None
@@ -64,11 +65,11 @@ class DraftOptions:
 
     def __post_init__(self) -> None:
         if self.n_draft is not None and not 1 <= self.n_draft <= MOST_DRAFTED:
-            raise ShiftKVError(f"n_draft is {self.n_draft}: it has to be 1 to {MOST_DRAFTED}, or None for what pays")
+            raise SettingError(f"n_draft is {self.n_draft}: it has to be 1 to {MOST_DRAFTED}, or None for what pays")
         if self.rule is not None and self.rule not in SAMPLING_RULES:
-            raise ShiftKVError(f"draft rule {self.rule!r} is not known: use one of {', '.join(SAMPLING_RULES)}")
+            raise SettingError(f"draft rule {self.rule!r} is not known: use one of {', '.join(SAMPLING_RULES)}")
         if not 0 <= self.min_confidence <= 1:
-            raise ShiftKVError(f"min_confidence is {self.min_confidence}: it has to be in [0, 1]")
+            raise SettingError(f"min_confidence is {self.min_confidence}: it has to be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,31 @@ class Draft:
     Raises ModelError for a file that is missing, or a model that cannot draft.
     """
 
-    def __init__(self, path: Path, target: Model, options: DraftOptions, *, n_gpu_layers: int, n_threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        target: Model,
+        options: DraftOptions,
+        *,
+        n_gpu_layers: int,
+        n_threads: int,
+        interrupt: Interrupt | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         self._target = target
         self._options = options
+        self._interrupt = interrupt
         with ExitStack() as resources:
-            self._model = Model(path, n_gpu_layers)
+            self._model = Model(path, n_gpu_layers, progress=progress)
             resources.callback(self._model.close)
             if not self._model.has_kv_cache:
                 raise ModelError(f"{path}: cannot draft, as its memory does not take tokens back: use another draft")
             self._projector: Projector | None = None
             if options.mmproj is not None:
                 mmproj = Path(options.mmproj)
-                self._projector = Projector(mmproj, self._model, use_gpu=n_gpu_layers != 0, n_threads=n_threads)
+                self._projector = Projector(
+                    *(mmproj, self._model), use_gpu=n_gpu_layers != 0, n_threads=n_threads, interrupt=interrupt
+                )
                 resources.callback(self._projector.close)
             self._n_threads = n_threads
             try:
@@ -371,10 +385,15 @@ class Draft:
             self._cache = self._new_cache(n_ctx, n_batch)
 
     def _new_cache(self, n_ctx: int, n_batch: int) -> _Cache:
-        n_threads = self._n_threads
-        return _Cache(
-            Context(self._model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=n_threads, n_outputs=_JUDGED)
+        context = Context(
+            *(self._model, n_ctx, n_batch),
+            type_k="f16",
+            type_v="f16",
+            n_threads=self._n_threads,
+            n_outputs=_JUDGED,
+            interrupt=self._interrupt,
         )
+        return _Cache(context)
 
     def _keep_up(self, answer: Sequence[int]) -> None:
         """Let `_tokens` stand for the answer up to its last whole character."""
@@ -561,7 +580,9 @@ class _Cache:
     def prefill(self, prompt: Prompt, projector: Projector | None) -> None:
         """Read a prompt with pictures."""
         self.clear()
-        self._start = Prefill(self._context, prompt, projector).position
+        prefilled = Prefilled(self._context, projector)
+        prefilled.read(prompt)
+        self._start = prefilled.position
         self.n_before = prompt.n_tokens
 
     def n_common(self, tokens: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from edge_shiftkv.engine.engine import Engine, Progress, loading
 from edge_shiftkv.errors import ModelError
 from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.native.mtmd import TextChunk
@@ -36,16 +37,22 @@ class Drafting:
     n_pass = 1 + MOST_DRAFTED
 
     def __init__(
-        self, path: Path, target: Model, options: DraftOptions | None, *, n_gpu_layers: int, n_threads: int
+        self, path: Path, engine: Engine, options: DraftOptions | None = None, progress: Progress | None = None
     ) -> None:
         self._options = options or DraftOptions()
-        self._target = target
-        if not target.has_kv_cache:
+        self._target = engine.model
+        if not self._target.has_kv_cache:
             raise ModelError("this model cannot be drafted for: its memory does not take tokens back; load it alone")
-        self._draft = Draft(path, target, self._options, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
+        self._draft = Draft(
+            *(path, self._target, self._options),
+            n_gpu_layers=engine.n_gpu_layers,
+            n_threads=engine.n_threads,
+            interrupt=engine.interrupt,
+            progress=loading("draft", path, progress),
+        )
         self._length = DraftLength(self._options.n_draft)
         if self._options.n_draft is None:
-            for n_tokens, seconds in _pass_costs(target, n_threads):
+            for n_tokens, seconds in _pass_costs(self._target, engine.n_threads):
                 self._length.pass_took(n_tokens, seconds)
             n_read, read_s, n_steps, steps_s = self._draft.costs()
             self._length.read(n_read, read_s)
@@ -109,7 +116,7 @@ def _pass_costs(target: Model, n_threads: int) -> Iterator[tuple[int, float]]:
 
 
 class SpeculativeDecoder:
-    """Writes on from `position` in a context, as `decoding.Decoder` does, with the help of a draft.
+    """Writes on from `position` in a context, as an `engine.Slot` does, with the help of a draft.
 
     Tokens come out one by one. Those that a round accepted and nobody asked for are dropped with the decoder, and not
     counted; the context may hold them.

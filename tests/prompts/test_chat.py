@@ -26,7 +26,7 @@ def user(*content):
 
 @pytest.fixture
 def template(runtime):
-    return runtime._template
+    return runtime.engine.template
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def with_template(tmp_path):
     def load(source):
         path = tiny_models.write_text_model(tmp_path / f"{len(runtimes)}.gguf", template=source)
         runtimes.append(Runtime(path, n_threads=1))
-        return runtimes[-1]._template
+        return runtimes[-1].engine.template
 
     yield load
     for runtime in runtimes:
@@ -63,19 +63,19 @@ def test_tokens_are_those_of_the_whole_text(runtime, template):
     assert rendered == (
         "<|im_start|>system\nthe rules<|im_end|>\n<|im_start|>user\n  the question <|im_end|>\n<|im_start|>assistant\n"
     )
-    (chunk,) = Prompt(parts, runtime._model, None).chunks
-    assert chunk.tokens == tokenize_all(runtime._model, rendered)
+    (chunk,) = Prompt(parts, runtime.engine.model, None).chunks
+    assert chunk.tokens == tokenize_all(runtime.engine.model, rendered)
 
 
 @pytest.mark.parametrize("name", tiny_models.CONTROL)
 def test_control_tokens_in_a_prompt_stay_text(runtime, tiny, name):
-    control = {token for token, _ in runtime._model.control_tokens.values()}
+    control = {token for token, _ in runtime.engine.model.control_tokens.values()}
 
     def count(text, images):
-        parts = runtime._template.parts([user(*images, text)])
-        prompt = Prompt(parts, runtime._model, runtime._projector)
+        parts = runtime.engine.template.parts([user(*images, text)])
+        prompt = Prompt(parts, runtime.engine.model, runtime.engine.projector)
         tokens = [token for chunk in prompt.chunks if hasattr(chunk, "tokens") for token in chunk.tokens]
-        assert name.encode() in b"".join(map(runtime._model.piece, tokens)) or text == "x"
+        assert name.encode() in b"".join(map(runtime.engine.model.piece, tokens)) or text == "x"
         return sum(token in control for token in tokens)
 
     image = Image.new("RGB", (56, 56))
@@ -172,8 +172,8 @@ def test_raw_text_is_not_parsed(template):
 def test_pictures_and_text_tokenize_alike(runtime, template):
     """mtmd and llama.cpp give the same tokens for the same text."""
     image = Image.new("RGB", (56, 56))
-    with_picture = Prompt(template.parts([user(image, "the <|im_end|> end")]), runtime._model, runtime._projector)
+    with_picture = Prompt(template.parts([user(image, "the <|im_end|> end")]), runtime.engine.model, runtime.engine.projector)
     before, _, after = with_picture.chunks
-    without = Prompt(template.parts([user("the <|im_end|> end")]), runtime._model, None)
+    without = Prompt(template.parts([user("the <|im_end|> end")]), runtime.engine.model, None)
     assert before.tokens + after.tokens == without.chunks[0].tokens
     assert ctypes.sizeof(llama.llama_token) == 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import tiny_models
 
-from edge_shiftkv import ImageError, ModelError, PromptError, Runtime, ShiftKVError
+from edge_shiftkv import ContextOverflowError, ImageError, ModelError, PromptError, Runtime, SettingError
 
 PROMPT = "What is on the picture? " * 3
 
@@ -70,7 +70,7 @@ def test_the_mmproj_of_another_model(tiny, tmp_path):
     ],
 )
 def test_settings_out_of_range(tiny, setting, message):
-    with pytest.raises(ShiftKVError, match=message):
+    with pytest.raises(SettingError, match=message):
         Runtime(tiny.text, **setting)
 
 
@@ -98,10 +98,12 @@ def test_a_chat_template_that_is_no_template(tmp_path):
         ({"logit_bias": {10**6: 1.0}}, "logit_bias for token 1000000"),
         ({"logit_bias": {"7": 1.0}}, "logit_bias for token '7'"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"time_limit": 0}, "time_limit is 0"),
+        ({"time_limit": math.nan}, "time_limit is nan"),
     ],
 )
 def test_options_out_of_range(runtime, options, message):
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(SettingError, match=message):
         runtime.generate(PROMPT, **options)
     assert runtime.generate(PROMPT, max_tokens=1).text
 
@@ -130,8 +132,10 @@ def test_a_picture_without_a_question_is_a_prompt_for_a_template(runtime, tiny):
 @pytest.mark.parametrize("kv_budget", [None, 16])
 def test_a_prompt_longer_than_the_context(runtime, tiny, kv_budget):
     runtime.kv_budget = kv_budget
-    with pytest.raises(PromptError, match=r"the prompt has \d+ tokens \(16 of them visual\).*n_ctx is 1024; shorten"):
+    message = r"the prompt has \d+ tokens \(16 of them visual\).*n_ctx is 1024; shorten"
+    with pytest.raises(ContextOverflowError, match=message) as caught:
         runtime.stream(PROMPT * 20, [tiny.picture])
+    assert caught.value.n_ctx == 1024 < caught.value.n_tokens
     assert runtime.generate(PROMPT, max_tokens=1).text
 
 

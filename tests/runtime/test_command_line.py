@@ -12,7 +12,7 @@ PROMPT = "What is on the picture? " * 3
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr("edge_shiftkv.runtime.usable_cpus", lambda: 1)
+    monkeypatch.setattr("edge_shiftkv.engine.engine.usable_cpus", lambda: 1)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_errors_are_one_line(run, arguments, message):
 
 
 def test_ctrl_c_ends_without_a_traceback(run, monkeypatch):
-    monkeypatch.setattr("edge_shiftkv.decoding.Decoder.advance", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("edge_shiftkv.engine.slot.Slot.advance", lambda *_: signal.raise_signal(signal.SIGINT))
     status, _, err = run()
     assert (status, err) == (130, "")
 

@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 
-from edge_shiftkv import Runtime, ShiftKVError
-from edge_shiftkv.native import logs
+from edge_shiftkv import BusyError, ClosedError, Runtime, ShiftKVError
+from edge_shiftkv.native import calls
 
 PROMPT = "What is on the picture? " * 3
 
@@ -30,7 +30,7 @@ def test_ctrl_c_in_the_consumer(runtime, expected):
 
 
 @pytest.mark.parametrize(
-    "where", ["edge_shiftkv.decoding.Decoder.advance", "edge_shiftkv.native.mtmd.Projector.encode"]
+    "where", ["edge_shiftkv.engine.slot.Slot.advance", "edge_shiftkv.native.mtmd.Projector.encode"]
 )
 def test_ctrl_c_inside(runtime, tiny, expected, monkeypatch, where):
     with monkeypatch.context() as patch:
@@ -43,7 +43,7 @@ def test_ctrl_c_inside(runtime, tiny, expected, monkeypatch, where):
 @pytest.mark.parametrize(
     "where",
     [
-        "edge_shiftkv.decoding.Decoder.advance",
+        "edge_shiftkv.engine.slot.Slot.advance",
         "edge_shiftkv.native.mtmd.Projector.decode",
         "edge_shiftkv.native.shiftkv.select",
         "edge_shiftkv.native.shiftkv.compact",
@@ -77,7 +77,7 @@ def test_a_new_request_ends_a_stream_that_still_runs(runtime, expected):
     stream = runtime.stream(PROMPT, max_tokens=16)
     next(stream)
     assert runtime.generate(PROMPT, max_tokens=16).text == expected
-    with pytest.raises(ShiftKVError, match="another request"):
+    with pytest.raises(ClosedError, match="another request"):
         next(stream)
 
 
@@ -91,7 +91,7 @@ def test_a_complete_stream_stays_readable(runtime):
 
 def test_a_request_while_another_thread_is_at_work_is_refused(runtime, expected, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    advance = runtime._model.ends_generation
+    advance = runtime.engine.model.ends_generation
 
     def wait(token):
         started.set()
@@ -101,10 +101,10 @@ def test_a_request_while_another_thread_is_at_work_is_refused(runtime, expected,
     answers = []
     thread = threading.Thread(target=lambda: answers.append(runtime.generate(PROMPT, max_tokens=16).text))
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._model, "ends_generation", wait)
+        patch.setattr(runtime.engine.model, "ends_generation", wait)
         thread.start()
         started.wait(10)
-        with pytest.raises(ShiftKVError, match="busy in another thread"):
+        with pytest.raises(BusyError, match="busy in another thread"):
             runtime.generate(PROMPT, max_tokens=16)
         go_on.set()
         thread.join()
@@ -113,7 +113,7 @@ def test_a_request_while_another_thread_is_at_work_is_refused(runtime, expected,
 
 def test_ctrl_c_during_a_native_call_comes_after_it():
     reached = False
-    with pytest.raises(KeyboardInterrupt), logs.native_call():
+    with pytest.raises(KeyboardInterrupt), calls.native_call():
         signal.raise_signal(signal.SIGINT)
         reached = True
     assert reached
@@ -126,9 +126,9 @@ def test_a_closed_runtime_says_so(tiny):
     next(stream)
     runtime.close()
     runtime.close()
-    with pytest.raises(ShiftKVError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         next(stream)
-    with pytest.raises(ShiftKVError, match="the runtime is closed"):
+    with pytest.raises(ClosedError, match="the runtime is closed"):
         runtime.generate(PROMPT)
 
 

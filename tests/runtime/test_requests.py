@@ -6,6 +6,7 @@ from support import tiny_models
 from support.gguf_random import Spec, write_model
 
 from edge_shiftkv import ModelError, Runtime, ShiftKVError
+from edge_shiftkv.engine import Slot
 
 PROMPT = "What is on the picture? " * 3
 
@@ -65,9 +66,9 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(runtime):
 def test_the_models_own_end_is_no_text(runtime, monkeypatch):
     options = {"max_tokens": 8, "temperature": 1.0, "seed": 1}
     text = runtime.generate(PROMPT, **options).text
-    tokens = runtime._model.tokenize(text)
+    tokens = runtime.engine.model.tokenize(text)
     end = next(token for token in tokens if token != tokens[0])
-    monkeypatch.setattr(runtime._model, "ends_generation", lambda token: token == end)
+    monkeypatch.setattr(runtime.engine.model, "ends_generation", lambda token: token == end)
     answer = runtime.generate(PROMPT, **options)
     assert answer.finish_reason == "stop"
     assert answer.figures.generated_tokens == tokens.index(end)
@@ -75,7 +76,7 @@ def test_the_models_own_end_is_no_text(runtime, monkeypatch):
 
 
 def test_control_tokens_have_no_text(runtime):
-    assert all(runtime._model.piece(token) == b"" for token, _ in runtime._model.control_tokens.values())
+    assert all(runtime.engine.model.piece(token) == b"" for token, _ in runtime.engine.model.control_tokens.values())
 
 
 def test_raw_prompts_have_no_template(runtime):
@@ -127,28 +128,19 @@ def test_a_budget_that_holds_the_prompt_changes_nothing(runtime, tiny, extra):
 
 
 def test_a_cut_answer_goes_on_at_the_prompts_next_position(tiny, monkeypatch):
-    from edge_shiftkv import runtime as module
+    positions = []
 
-    positions = {}
-    compact = module.shiftkv.compact
-    prefill = module.Prefill
+    class SpySlot(Slot):
+        def advance(self, token):
+            positions.append(self.position)
+            return super().advance(token)
 
-    def spy(*arguments):
-        positions["compacted"] = compact(*arguments)
-        return positions["compacted"]
-
-    class SpyPrefill(prefill):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            positions["prompt"] = self.position
-
-    monkeypatch.setattr(module.shiftkv, "compact", spy)
-    monkeypatch.setattr(module, "Prefill", SpyPrefill)
+    monkeypatch.setattr("edge_shiftkv.runtime.Slot", SpySlot)
     with Runtime(tiny.qwen_text, tiny.qwen_mmproj, n_threads=1, kv_budget=20) as runtime:
-        answer = runtime.generate(PROMPT, [tiny.picture], max_tokens=4)
+        figures = runtime.generate(PROMPT, [tiny.picture], max_tokens=4).figures
     # A picture of 5 x 3 tokens takes 5 positions with M-RoPE.
-    assert positions["prompt"] == answer.figures.prompt_tokens - 15 + 5
-    assert positions["compacted"] == positions["prompt"]
+    start = figures.prompt_tokens - 15 + 5
+    assert positions == [start, start + 1, start + 2]
 
 
 def test_a_cut_answer_is_decoded_in_a_small_cache(tiny):

@@ -9,7 +9,7 @@ from llama_cpp import Llama
 from support import tiny_models
 from support.gguf_random import Spec, write_model
 
-from edge_shiftkv import ModelError, PromptError, Runtime, ShiftKVError
+from edge_shiftkv import ModelError, Runtime, SettingError, ShiftKVError
 from edge_shiftkv.cli import main
 from edge_shiftkv.speculative.draft import DraftOptions
 
@@ -196,10 +196,10 @@ def test_the_models_own_end_in_a_block(pair, drawn):
         runtime.generate(PROMPT, raw=True, max_tokens=40)
         tokens = drawn[-1].tokens
         for end in tokens[1:20]:
-            runtime._model.ends_generation = lambda token, end=end: token == end
+            runtime.engine.model.ends_generation = lambda token, end=end: token == end
             expected = runtime.generate(PROMPT, raw=True, max_tokens=40)
             with with_draft(pair.target, pair.same) as other:
-                other._model.ends_generation = runtime._model.ends_generation
+                other.engine.model.ends_generation = runtime.engine.model.ends_generation
                 answer = other.generate(PROMPT, raw=True, max_tokens=40)
             assert (answer.text, answer.finish_reason) == (expected.text, "stop")
             assert answer.figures.generated_tokens == tokens.index(end)
@@ -333,7 +333,7 @@ def test_on_the_command_line(pair, capsys):
      ({"min_confidence": 1.5}, "min_confidence is 1.5")],
 )  # fmt: skip
 def test_options_out_of_range(options, message):
-    with pytest.raises(ShiftKVError, match=message):
+    with pytest.raises(SettingError, match=message):
         DraftOptions(**options)
 
 
@@ -373,5 +373,5 @@ def test_a_low_confidence_ends_a_draft(pair):
 
 
 def test_a_wrong_option_is_found_before_the_stream(drafted):
-    with pytest.raises(PromptError, match="logit_bias"):
+    with pytest.raises(SettingError, match="logit_bias"):
         drafted.stream(PROMPT, raw=True, logit_bias={10**9: 1.0})

@@ -169,6 +169,22 @@ LLAMA_API int32_t llama_shiftkv_get_keys   (struct llama_context * ctx, int32_t 
 // Bytes that a context's KV cache occupies, used or not. Errors: ARGUMENT, UNSUPPORTED.
 LLAMA_API int64_t llama_shiftkv_cache_size(struct llama_context * ctx);
 
+// Ends a computation early. The struct is the caller's, and has to live as long as the context that it was given to.
+struct llama_shiftkv_poll {
+    bool  (*ask)(void * data); // asked now and then by the thread that computes; true ends the computation
+    void *  data;
+    int64_t interval_us;       // microseconds between two questions, at least
+    int64_t asked_us;          // when it was asked last; 0 at first
+    bool    ended;             // the last answer; once true, ask is not called until the caller sets it to false again
+};
+
+// For llama_set_abort_callback(), with a llama_shiftkv_poll: llama_decode() then returns 2, and llama_shiftkv_select() and
+// llama_shiftkv_compact() return COMPUTE. Backends other than the CPU go on to the end of their part of a graph.
+LLAMA_API bool llama_shiftkv_abort_callback(void * data);
+
+// The same for mtmd_context_params.cb_eval; the embeddings of a computation that was ended are not to be used.
+LLAMA_API bool llama_shiftkv_eval_callback(struct ggml_tensor * t, bool ask, void * data);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,162 @@
+"""A model, loaded, and what answers are made with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from edge_shiftkv.engine.prefilled import BATCH, Prefilled, prefill_batch
+from edge_shiftkv.errors import SettingError
+from edge_shiftkv.native.calls import Interrupt
+from edge_shiftkv.native.llama import KV_TYPES, Context, Model, usable_cpus
+from edge_shiftkv.native.mtmd import Projector
+from edge_shiftkv.prompts.chat import ChatTemplate
+from edge_shiftkv.prompts.conversation import Conversation
+from edge_shiftkv.prompts.messages import Message
+from edge_shiftkv.prompts.prompt import Prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+Progress = Callable[[str, int, int], None]
+"""Is told what goes on, how much of it is done, and of how much."""
+
+
+class Engine:
+    """A model with its vision encoder and chat template, and the contexts that it reads and writes in.
+
+    A context manager; `close` frees the files. Contexts made here have to be closed before.
+
+    model, mmproj, type_k, type_v, n_gpu_layers, n_threads: as in `Runtime`.
+    progress: is told how many bytes of how many are loaded of "model" and "mmproj", now and then.
+
+    Raises ModelError when a file is missing, is not what it should be, or two do not fit; SettingError.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        mmproj: str | os.PathLike[str] | None = None,
+        *,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        n_gpu_layers: int = -1,
+        n_threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        for name in (type_k, type_v):
+            if name not in KV_TYPES:
+                raise SettingError(f"KV type {name!r} is not known: use one of {', '.join(KV_TYPES)}")
+        if n_threads is not None and n_threads < 1:
+            raise SettingError(f"n_threads is {n_threads}: it has to be >= 1, or None for all")
+        self.type_k, self.type_v = type_k, type_v
+        self.n_gpu_layers = n_gpu_layers
+        self.n_threads = n_threads or usable_cpus()
+        self.interrupt = Interrupt()
+
+        with ExitStack() as resources:
+            self.model = Model(Path(model), n_gpu_layers, progress=loading("model", model, progress))
+            resources.callback(self.model.close)
+            self.projector: Projector | None = None
+            if mmproj is not None:
+                self.projector = Projector(
+                    *(Path(mmproj), self.model),
+                    use_gpu=n_gpu_layers != 0,
+                    n_threads=self.n_threads,
+                    interrupt=self.interrupt,
+                    progress=loading("mmproj", mmproj, progress),
+                )
+                resources.callback(self.projector.close)
+            self.template = ChatTemplate(self.model)
+            self._resources = resources.pop_all()
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prompt(self, conversation: Conversation | Sequence[Message]) -> Prompt:
+        """The tokens that a conversation is for this model. Raises PromptError when its template refuses it."""
+        if not isinstance(conversation, Conversation):
+            conversation = Conversation(conversation)
+        return Prompt(conversation.parts(self.template), self.model, self.projector)
+
+    def context(self, n_ctx: int, n_batch: int = BATCH, *, n_outputs: int = 1) -> Context:
+        """An empty context of `n_ctx` tokens, to be closed by the caller.
+
+        n_batch: tokens decoded at once, at most.
+        n_outputs: tokens of one `decode` that logits are wanted for, at most.
+
+        Raises ShiftKVError when the memory for it cannot be had.
+        """
+        return Context(
+            *(self.model, n_ctx, n_batch),
+            type_k=self.type_k,
+            type_v=self.type_v,
+            n_threads=self.n_threads,
+            n_outputs=n_outputs,
+            interrupt=self.interrupt,
+        )
+
+    def batch(self, prompt: Prompt) -> int:
+        """The batch size of a context that a prompt is to be read in."""
+        return prefill_batch(prompt, self.projector)
+
+    def read(
+        self,
+        prompt: Prompt,
+        context: Context,
+        *,
+        n_query: int = 0,
+        report: Callable[[int, int], None] | None = None,
+    ) -> Prefilled:
+        """Read a prompt into an empty context: see `Prefilled` and its `read`."""
+        prefilled = Prefilled(context, self.projector, n_query=n_query)
+        prefilled.read(prompt, report)
+        return prefilled
+
+
+def loading(what: str, path: str | os.PathLike[str], progress: Progress | None) -> Callable[[float], None] | None:
+    """Tells `progress` of a file that is loaded, given the share of it that is."""
+    if not progress:
+        return None
+    return lambda share: progress(what, int(share * Path(path).stat().st_size), Path(path).stat().st_size)
+
+
+class KeptContext:
+    """A context that is kept from request to request, as long as it fits the next one.
+
+    make: makes a context for a number of tokens and a batch size.
+    """
+
+    def __init__(self, make: Callable[[int, int], Context]) -> None:
+        self._make = make
+        self._context: Context | None = None
+
+    def get(self, n_ctx: int, n_batch: int) -> Context:
+        """Return an empty context of at least `n_ctx` tokens. Raises ShiftKVError."""
+        context = self._context
+        # One with larger batches would do, but its buffers are many times those of a context that only decodes.
+        if context is None or context.n_ctx < n_ctx or context.n_batch != min(n_batch, context.n_ctx):
+            self.close()
+            context = self._context = self._make(n_ctx, n_batch)
+        context.clear()
+        return context
+
+    def close(self) -> None:
+        """Free the context; `get` makes a new one."""
+        context, self._context = self._context, None
+        if context:
+            context.close()
