@@ -58,9 +58,7 @@ class Request:
         if not all(stops):
             raise SettingError("a stop string is empty: it would end every answer at its start")
         if time_limit is not None and not (math.isfinite(time_limit) and time_limit > 0):
-            raise SettingError(
-                f"time_limit is {time_limit}: it has to be seconds > 0, or None for no limit"
-            )
+            raise SettingError(f"time_limit is {time_limit}: it has to be seconds > 0, or None for no limit")
         if unknown := sampling.keys() - Options.__annotations__:
             raise TypeError(f"unknown option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         return cls(Sampling(**sampling), max_tokens, stops, time_limit)

@@ -58,7 +58,8 @@ class Runtime:
     n_threads: CPU threads; None takes all this process may use.
     allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses.
     draft: path of the GGUF file of a model that drafts for this one, with any vocabulary (speculative decoding).
-    draft_options: how it is used.
+    draft_options: how it is used. The attribute `drafting` has both; set to None or to another `Drafting` of the same
+        engine, which its maker closes, it changes what later requests are drafted with.
     progress: is told what goes on ("model", "mmproj" and "draft" while they are loaded, "prompt" while one is read),
         how much of it is done, and of how much: bytes, or tokens.
 
@@ -103,14 +104,11 @@ class Runtime:
                     progress=progress,
                 )
             )
-            self._drafting: Drafting | None = None
+            self.drafting: Drafting | None = None
             if draft is not None:
-                self._drafting = Drafting(Path(draft), engine, draft_options, progress)
-                resources.callback(self._drafting.close)
-            # Tokens that are decoded at once, after the prompt.
-            n_decode = self._n_decode = self._drafting.n_pass if self._drafting else 1
-            # Nothing here may refer to self, which would keep it alive.
-            self._kept = KeptContext(lambda n_ctx, n_batch: engine.context(n_ctx, n_batch, n_outputs=n_decode))
+                self.drafting = Drafting(Path(draft), engine, draft_options, progress)
+                resources.callback(self.drafting.close)
+            self._kept = KeptContext(engine)
             resources.callback(self._kept.close)
             # Also when it is dropped without close(), and at the interpreter's exit.
             self._free = weakref.finalize(self, resources.pop_all().close)
@@ -255,12 +253,13 @@ class Runtime:
         if request.max_tokens is not None:
             room = min(room, request.max_tokens)
         with closing(prompt), closing(Sampler(model, request.sampling)) as sampler, ExitStack() as ends:
-            begun = self._begin(prompt, sampler, room)
+            drafting = self.drafting
+            begun = self._begin(prompt, sampler, room, drafting.n_pass if drafting else 1)
             prompt.close()  # its pictures are not needed any more
             decoder: Decoder
-            if self._drafting:
-                ends.callback(self._drafting.end)
-                decoder = self._drafting.decoder(
+            if drafting:
+                ends.callback(drafting.end)
+                decoder = drafting.decoder(
                     begun.context, sampler, begun.position, conversation=conversation, prompt=prompt, room=room
                 )
             else:
@@ -291,12 +290,15 @@ class Runtime:
         )
         return Completion("".join(pieces), finish_reason, figures, begun.selection)
 
-    def _begin(self, prompt: Prompt, sampler: Sampler, room: int) -> _Begun:
-        """Read the prompt, draw the first token, and cut the KV cache where it is over the budget."""
+    def _begin(self, prompt: Prompt, sampler: Sampler, room: int, n_pass: int) -> _Begun:
+        """Read the prompt, draw the first token, and cut the KV cache where it is over the budget.
+
+        n_pass: tokens that are decoded at once after it.
+        """
         started = time.perf_counter()
         budget = self.kv_budget
         if budget is None or budget >= prompt.n_tokens:
-            context = self._kept.get(prompt.n_tokens + room, self.engine.batch(prompt))
+            context = self._kept.get(prompt.n_tokens + room, self.engine.batch(prompt), n_pass)
             prefilled = self._read(prompt, context)
             token = sampler.sample(context)
             figures = _figures(prompt, prefilled, time.perf_counter() - started)
@@ -313,7 +315,7 @@ class Runtime:
             selection = prefilled.select(kv_method, budget)
             # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
             n_ctx = max(budget, min(self.engine.model.window, prompt.n_tokens)) + room
-            context = self._kept.get(n_ctx, self._n_decode)
+            context = self._kept.get(n_ctx, n_pass, n_pass)
             position = prefilled.hand_over(context)
             info = shiftkv.info(large)
         figures = replace(

@@ -25,17 +25,17 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as llama
 import numpy as np
 import synthetic_gguf
 from kv_methods import configured
 
 from edge_shiftkv.build import default_cache_dir
+from edge_shiftkv.engine import Engine, Prefilled
+from edge_shiftkv.engine.prefilled import BATCH
 from edge_shiftkv.native import shiftkv
-from edge_shiftkv.native.llama import Context, Model
+from edge_shiftkv.native.llama import Context
 from edge_shiftkv.selection.methods import DEFAULT_METHOD, METHODS, Method, method
 
-PREFILL_BATCH = 512
 REFERENCE_TOKENS = 256
 BLOCK = 8  # tokens decoded in a context before it is the next one's turn
 ROOM = 64  # for the answer, in a context that decodes
@@ -52,50 +52,42 @@ class Bench:
 
     def __init__(self, path: Path, n_threads: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self._model = Model(path, n_gpu_layers=0)
-        self._n_threads = n_threads
+        self._engine = Engine(path, n_gpu_layers=0, n_threads=n_threads)
         source = "\n".join(Path(module).read_text() for module in (argparse.__file__, multiprocessing.__file__))
-        self._text = self._model.tokenize(source)
+        self._text = self._engine.model.tokenize(source)
 
     def close(self) -> None:
         """Free the weights."""
-        self._model.close()
+        self._engine.close()
 
     def prompt(self, n_tokens: int) -> list[int]:
         """The first tokens of a text that repeats itself."""
         return [self._text[i % len(self._text)] for i in range(n_tokens)]
 
     @contextmanager
-    def context(self, n_ctx: int, n_batch: int) -> Iterator[Context]:
-        """An empty context, freed at the end."""
-        context = Context(self._model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=self._n_threads)
-        with closing(context):
-            yield context
+    def reading(self, n_ctx: int, n_query: int = 0) -> Iterator[Prefilled]:
+        """A prompt of which nothing is read, in a context that is freed at the end."""
+        with closing(self._engine.context(n_ctx)) as context:
+            yield Prefilled(context, n_query=n_query)
 
     @contextmanager
-    def handed_over(self, source: Context) -> Iterator[Context]:
-        """A context to decode in, with the pairs that were selected in `source`."""
-        with self.context(shiftkv.info(source).n_kept + ROOM, 1) as context:
-            shiftkv.compact(source, context)
+    def handed_over(self, source: Prefilled, n_kept: int) -> Iterator[Context]:
+        """A context to decode in, with the pairs that were selected last."""
+        with closing(self._engine.context(n_kept + ROOM, 1)) as context:
+            source.hand_over(context)
             yield context
 
-    def select(self, context: Context, budget: int, chosen: Method) -> None:
-        """Select `budget` pairs of the captured prompt."""
-        shiftkv.select(context, chosen.params(budget, self._model.architecture))
-
-    def seconds(self, function: Callable[..., None], *arguments: Any) -> float:
+    def seconds(self, function: Callable[..., object], *arguments: Any) -> float:
         """The time that a call takes."""
         started = self.clock()
         function(*arguments)
         return self.clock() - started
 
 
-def prefill(context: Context, tokens: Sequence[int], start: int = 0) -> None:
-    """Decode a prompt from its token `start` on, and wait for its logits."""
-    for i in range(start, len(tokens), context.n_batch):
-        stop = min(i + context.n_batch, len(tokens))
-        context.decode(tokens[i:stop], i, logits=stop == len(tokens))
-    context.logits()
+def read(prefilled: Prefilled, tokens: Sequence[int]) -> None:
+    """Read tokens, and wait for their logits."""
+    prefilled.read_tokens(tokens)
+    prefilled.context.logits()
 
 
 def measure_selection(
@@ -109,18 +101,16 @@ def measure_selection(
     hand_over: dict[str, list[float]] = {name: [] for name in methods}
 
     def without_capture() -> None:
-        with bench.context(n_prompt, PREFILL_BATCH) as context:
-            plain.append(bench.seconds(prefill, context, tokens))
+        with bench.reading(n_prompt) as prefilled:
+            plain.append(bench.seconds(read, prefilled, tokens))
 
     def with_capture() -> None:
-        with bench.context(n_prompt, PREFILL_BATCH) as context:
-            shiftkv.capture(context, max(chosen.n_query for chosen in methods.values()))
-            captured.append(bench.seconds(prefill, context, tokens))
+        with bench.reading(n_prompt, max(chosen.n_query for chosen in methods.values())) as prefilled:
+            captured.append(bench.seconds(read, prefilled, tokens))
             for name, chosen in methods.items():
-                select[name].append(bench.seconds(bench.select, context, budget, chosen))
+                select[name].append(bench.seconds(prefilled.select, chosen, budget))
                 started = bench.clock()
-                with bench.handed_over(context):
-                    shiftkv.kept(context)
+                with bench.handed_over(prefilled, budget):
                     hand_over[name].append(bench.clock() - started)
 
     for i in range(rounds):
@@ -135,7 +125,7 @@ def selection(options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     methods = {text: configured(text) for text in options.methods}
     with closing(Bench(options.model, options.threads, options.clock)) as bench:
-        measure_selection(bench, 2 * PREFILL_BATCH, options.budget, methods, 1)  # warm-up
+        measure_selection(bench, 2 * BATCH, options.budget, methods, 1)  # warm-up
         for n_prompt in options.tokens:
             plain, captured, select, hand_over = measure_selection(
                 bench, n_prompt, options.budget, methods, options.rounds
@@ -183,8 +173,7 @@ def measure_decode(
         for name in names[i % len(names) :] + names[: i % len(names)]:
             context, position = contexts[name]
             milliseconds = 1e3 * bench.seconds(decode_block, context, position, token, BLOCK) / BLOCK
-            if not llama.llama_memory_seq_rm(llama.llama_get_memory(context.pointer), 0, position, -1):
-                raise RuntimeError("this model's cache does not take tokens back")
+            context.remove(position)
             if i >= 0:
                 result[name].append(milliseconds)
     return result
@@ -198,21 +187,18 @@ def decode(options: argparse.Namespace) -> list[Row]:
     path = options.model or synthetic_model(options.layers)
     with (
         closing(Bench(path, options.threads, options.clock)) as bench,
-        bench.context(lengths[-1], PREFILL_BATCH) as large,
+        bench.reading(lengths[-1], chosen.n_query) as prefilled,
     ):
         tokens = bench.prompt(lengths[-1])
-        shiftkv.capture(large, chosen.n_query)
-        prefill(large, tokens[:REFERENCE_TOKENS])
-        bench.select(large, REFERENCE_TOKENS, chosen)  # keeps all
-        with bench.handed_over(large) as reference:
-            n_past = REFERENCE_TOKENS
+        read(prefilled, tokens[:REFERENCE_TOKENS])
+        prefilled.select(chosen, REFERENCE_TOKENS)  # keeps all
+        with bench.handed_over(prefilled, REFERENCE_TOKENS) as reference:
             for n_prompt in lengths:
-                prefill(large, tokens[:n_prompt], n_past)
-                n_past = n_prompt
-                bench.select(large, n_prompt, chosen)
-                with bench.handed_over(large) as full:
-                    bench.select(large, options.budget, chosen)
-                    with bench.handed_over(large) as cut:
+                read(prefilled, tokens[prefilled.n_tokens : n_prompt])
+                prefilled.select(chosen, n_prompt)
+                with bench.handed_over(prefilled, n_prompt) as full:
+                    prefilled.select(chosen, options.budget)
+                    with bench.handed_over(prefilled, options.budget) as cut:
                         contexts = {
                             "full": (full, n_prompt),
                             "cut": (cut, n_prompt),
@@ -273,12 +259,12 @@ def measure_memory(options: argparse.Namespace) -> list[Row]:
     with closing(Bench(options.model, options.threads)) as bench, ExitStack() as decoding:
         tokens = bench.prompt(n_prompt)
         stage("Model loaded")
-        with bench.context(n_prompt, PREFILL_BATCH) as large:
-            shiftkv.capture(large, chosen.n_query)
-            prefill(large, tokens)
+        with bench.reading(n_prompt, chosen.n_query) as prefilled:
+            read(prefilled, tokens)
+            large = prefilled.context
             stage(f"{n_prompt} tokens read", (large, n_prompt))
-            bench.select(large, budget, chosen)
-            small = decoding.enter_context(bench.handed_over(large))
+            prefilled.select(chosen, budget)
+            small = decoding.enter_context(bench.handed_over(prefilled, budget))
             stage(f"{budget} pairs handed over", (large, n_prompt), (small, budget))
         stage("Large context freed", (small, budget))
         decode_block(small, n_prompt, tokens[0], ROOM)

@@ -23,7 +23,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,17 +32,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from edge_shiftkv.decoding import Prefill, prefill_batch
 from intervals import wilson
 from kv_methods import configured
 from kv_prototypes import Answered, Ranking, oracle, prototype
 from quality_tasks import SUITES, Case, cases
 from tqdm import tqdm
 
+from edge_shiftkv.engine import Captured, Engine, Prefilled
 from edge_shiftkv.native import shiftkv
-from edge_shiftkv.native.llama import Context, Model
-from edge_shiftkv.native.mtmd import Projector, TextChunk
-from edge_shiftkv.prompts.chat import ChatTemplate
+from edge_shiftkv.native.llama import Context
+from edge_shiftkv.native.mtmd import TextChunk
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.selection.methods import Method
@@ -57,27 +56,19 @@ Row = dict[str, Any]
 
 
 class Asker:
-    """A model, and the contexts in which it answers."""
+    """A model that answers in contexts of its caller's."""
 
     def __init__(self, model: Path, mmproj: Path | None, n_threads: int) -> None:
-        self._resources = ExitStack()
         self.path = model
-        self.model = Model(model, n_gpu_layers=-1)
-        self._resources.callback(self.model.close)
-        self._projector: Projector | None = None
-        if mmproj:
-            self._projector = Projector(mmproj, self.model, use_gpu=False, n_threads=n_threads)
-            self._resources.callback(self._projector.close)
-        self._template = ChatTemplate(self.model)
-        self._n_threads = n_threads
+        self.engine = Engine(model, mmproj, n_threads=n_threads)
 
     def close(self) -> None:
         """Free everything."""
-        self._resources.close()
+        self.engine.close()
 
     def prompt(self, case: Case) -> Prompt:
         """The tokens of the first question."""
-        return self._prompt([Message("user", (*case.images, case.prompt))])
+        return self.engine.prompt([Message("user", (*case.images, case.prompt))])
 
     def second(self, case: Case, first: Prompt) -> list[int]:
         """The tokens that ask the second question after the first one's."""
@@ -86,23 +77,16 @@ class Asker:
             Message("assistant", (case.first_answer,)),
             Message("user", (case.second_prompt,)),
         ]
-        with closing(self._prompt(messages)) as both:
+        with closing(self.engine.prompt(messages)) as both:
             before, after = first.chunks[-1], both.chunks[-1]
         assert isinstance(before, TextChunk) and isinstance(after, TextChunk)
         assert after.tokens[: len(before.tokens)] == before.tokens
         return list(after.tokens[len(before.tokens) :])
 
-    def prefill(self, context: Context, prompt: Prompt) -> int:
-        """Decode the prompt; return the position after it."""
-        return Prefill(context, prompt, self._projector).position
-
-    def context(self, n_ctx: int, n_batch: int = BATCH) -> Context:
-        """An empty context."""
-        return Context(self.model, n_ctx, n_batch, type_k="f16", type_v="f16", n_threads=self._n_threads)
-
-    def batch(self, prompt: Prompt) -> int:
-        """The batch size to decode a prompt with."""
-        return prefill_batch(prompt, self._projector)
+    def read(self, prompt: Prompt, room: int) -> Prefilled:
+        """The prompt in a context of its own, to be closed by the caller, with room for more tokens."""
+        context = self.engine.context(prompt.n_tokens + room, self.engine.batch(prompt))
+        return self.engine.read(prompt, context, n_query=shiftkv.MAX_QUERY)
 
     def ask(self, context: Context, tokens: Sequence[int], position: int) -> tuple[int, int]:
         """Decode tokens; return the most likely one after them, and its position."""
@@ -114,22 +98,33 @@ class Asker:
 
     def answer(self, context: Context, first: int, position: int, limit: int) -> tuple[str, int]:
         """Go on greedily after the answer's first token; return the text and the number of tokens decoded."""
+        model = self.engine.model
         tokens = [first]
-        while not self.model.ends_generation(tokens[-1]) and len(tokens) < limit:
+        while not model.ends_generation(tokens[-1]) and len(tokens) < limit:
             following, position = self.ask(context, tokens[-1:], position)
             tokens.append(following)
         n_decoded = len(tokens) - 1
-        if self.model.ends_generation(tokens[-1]):
+        if model.ends_generation(tokens[-1]):
             tokens.pop()
-        return b"".join(map(self.model.piece, tokens)).decode(errors="replace").strip(), n_decoded
-
-    def _prompt(self, messages: Sequence[Message]) -> Prompt:
-        return Prompt(self._template.parts(messages), self.model, self._projector)
+        return b"".join(map(model.piece, tokens)).decode(errors="replace").strip(), n_decoded
 
 
 def budget_of(text: str, n_prompt: int) -> int:
     """The KV pairs that a budget means for a prompt."""
     return max(2, int(Fraction(text) * n_prompt)) if "/" in text else int(text)
+
+
+@dataclass(frozen=True)
+class Prototyped:
+    """A ranking of kv_prototypes.py as a method: it also sees the answer, which was decoded after the prompt."""
+
+    ranking: Ranking
+    answered: Answered
+    n_query: int = shiftkv.MAX_QUERY
+
+    def scores(self, captured: Captured, budget: int) -> Mapping[int, npt.ArrayLike]:
+        """See `ScoringMethod`."""
+        return self.ranking(self.answered, budget)
 
 
 def ask(
@@ -146,9 +141,8 @@ def ask(
         second = asker.second(case, prompt) if case.second_prompt else []
         room = case.max_tokens + len(second) + 1
         common = {"suite": suite, "task": case.task, "seed": case.seed, "n_prompt": n_prompt}
-        with closing(asker.context(n_prompt + room, asker.batch(prompt))) as large:
-            shiftkv.capture(large, shiftkv.MAX_QUERY)
-            position = asker.prefill(large, prompt)
+        prefilled = asker.read(prompt, room)
+        with closing(prefilled.context) as large:
             first = int(large.logits().argmax())
 
             def answer_in(context: Context, position: int) -> tuple[str, int]:
@@ -158,9 +152,8 @@ def ask(
                 return asker.answer(context, token, position, case.max_tokens)
 
             def on_kept(label: str, budget: str, n_budget: int, seconds: float) -> Row:
-                with closing(asker.context(n_budget + room)) as small:
-                    where = shiftkv.compact(large, small)
-                    text, _ = answer_in(small, where)
+                with closing(asker.engine.context(n_budget + room, BATCH)) as small:
+                    text, _ = answer_in(small, prefilled.hand_over(small))
                 row = {"method": label, "budget": budget, "n_budget": n_budget, "select_s": seconds}
                 return {**common, **row, "score": case.score(text), "answer": text}
 
@@ -169,18 +162,16 @@ def ask(
             for label, chosen in methods.items():
                 for text, size in sizes:
                     started = time.perf_counter()
-                    shiftkv.select(large, chosen.params(size, asker.model.architecture))
+                    prefilled.select(chosen, size)
                     yield on_kept(label, text, size, time.perf_counter() - started)
-            text, n_decoded = answer_in(large, position)
+            text, n_decoded = answer_in(large, prefilled.position)
             row = {"method": "full", "budget": "all", "n_budget": n_prompt, "select_s": 0.0}
             yield {**common, **row, "score": case.score(text), "answer": text}
             if not second and n_decoded:
                 answered = Answered(large, asker.path, n_prompt, n_decoded)
                 for label, ranking in prototypes.items():
                     for text, size in sizes:
-                        params = shiftkv.default_params(shiftkv.Method.RANDOM)
-                        params.budget, params.n_prompt = size, n_prompt
-                        shiftkv.select_scores(large, params, ranking(answered, size))
+                        prefilled.select(Prototyped(ranking, answered), size)
                         yield on_kept(label, text, size, 0.0)
 
 
@@ -195,11 +186,10 @@ def premise(args: argparse.Namespace) -> None:
     with closing(asker_of(args)) as asker:
         for case in tqdm(list(cases(args.suite, args.cases, args.first_seed, args.tokens)), unit="case"):
             with closing(asker.prompt(case)) as prompt, ExitStack() as resources:
-                context = asker.context(prompt.n_tokens + case.max_tokens, asker.batch(prompt))
+                prefilled = asker.read(prompt, case.max_tokens)
+                context = prefilled.context
                 resources.callback(context.close)
-                shiftkv.capture(context, shiftkv.MAX_QUERY)
-                position = asker.prefill(context, prompt)
-                _, n = asker.answer(context, int(context.logits().argmax()), position, case.max_tokens)
+                _, n = asker.answer(context, int(context.logits().argmax()), prefilled.position, case.max_tokens)
                 for layer in shiftkv.layers(context) if n >= 8 else ():
                     h, q = shiftkv.hidden(context, layer), shiftkv.queries(context, layer)
                     ratios[layer].append(

@@ -120,15 +120,21 @@ class Wrong(Draft):
         return dataclasses.replace(drafted, proposal=Proposal(wrong, drafted.proposal.probabilities))
 
 
+class WrongDrafting(Drafting):
+    """Uses it."""
+
+    draft_class = Wrong
+
+
 class Bench:
     """A target, alone and with any number of drafting variants."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._resources = ExitStack()
-        settings = {"n_threads": arguments.threads, "n_ctx": 2048, "n_gpu_layers": arguments.gpu_layers}
-        self._alone = self._resources.enter_context(Runtime(arguments.model, **settings))
-        self._helped = self._resources.enter_context(Runtime(arguments.model, draft=arguments.draft, **settings))
+        self._runtime = self._resources.enter_context(
+            Runtime(arguments.model, n_threads=arguments.threads, n_ctx=2048, n_gpu_layers=arguments.gpu_layers)
+        )
         self._variants: dict[Any, Drafting] = {}
 
     def close(self) -> None:
@@ -137,7 +143,8 @@ class Bench:
 
     def alone(self, prompt: str, **options: Any) -> Completion:
         """The target's own answer."""
-        return self._alone.generate(prompt, max_tokens=self._arguments.tokens, **options)
+        self._runtime.drafting = None
+        return self._runtime.generate(prompt, max_tokens=self._arguments.tokens, **options)
 
     def helped(
         self, prompt: str, n_draft: int | None, rule: Rule | None = None, *, wrong: bool = False, **options: Any
@@ -145,20 +152,11 @@ class Bench:
         """Its answer with a draft; every variant keeps what it learns of its costs."""
         key = (n_draft, rule, wrong)
         if key not in self._variants:
-            drafting = Drafting(
-                *(Path(self._arguments.draft), self._helped._model, DraftOptions(n_draft, rule)),
-                n_gpu_layers=self._arguments.gpu_layers,
-                n_threads=self._arguments.threads,
-            )
-            if wrong:
-                drafting._draft.__class__ = Wrong
-            self._variants[key] = drafting
-            self._resources.callback(drafting.close)
-        original, self._helped._drafting = self._helped._drafting, self._variants[key]
-        try:
-            return self._helped.generate(prompt, max_tokens=self._arguments.tokens, **options)
-        finally:
-            self._helped._drafting = original
+            kind = WrongDrafting if wrong else Drafting
+            self._variants[key] = kind(Path(self._arguments.draft), self._runtime.engine, DraftOptions(n_draft, rule))
+            self._resources.callback(self._variants[key].close)
+        self._runtime.drafting = self._variants[key]
+        return self._runtime.generate(prompt, max_tokens=self._arguments.tokens, **options)
 
 
 def accept(arguments: argparse.Namespace, results: Results) -> None:

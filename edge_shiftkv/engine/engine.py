@@ -136,22 +136,20 @@ def loading(what: str, path: str | os.PathLike[str], progress: Progress | None) 
 
 
 class KeptContext:
-    """A context that is kept from request to request, as long as it fits the next one.
+    """An engine's context that is kept from request to request, as long as it fits the next one."""
 
-    make: makes a context for a number of tokens and a batch size.
-    """
-
-    def __init__(self, make: Callable[[int, int], Context]) -> None:
-        self._make = make
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._context: Context | None = None
+        self._n_outputs = 0
 
-    def get(self, n_ctx: int, n_batch: int) -> Context:
-        """Return an empty context of at least `n_ctx` tokens. Raises ShiftKVError."""
+    def get(self, n_ctx: int, n_batch: int, n_outputs: int = 1) -> Context:
+        """Return an empty context of at least `n_ctx` tokens; see `Engine.context`. Raises ShiftKVError."""
         context = self._context
-        # One with larger batches would do, but its buffers are many times those of a context that only decodes.
-        if context is None or context.n_ctx < n_ctx or context.n_batch != min(n_batch, context.n_ctx):
+        if context is None or not self._fits(context, n_ctx, n_batch, n_outputs):
             self.close()
-            context = self._context = self._make(n_ctx, n_batch)
+            context = self._context = self._engine.context(n_ctx, n_batch, n_outputs=n_outputs)
+            self._n_outputs = n_outputs
         context.clear()
         return context
 
@@ -160,3 +158,9 @@ class KeptContext:
         context, self._context = self._context, None
         if context:
             context.close()
+
+    def _fits(self, context: Context, n_ctx: int, n_batch: int, n_outputs: int) -> bool:
+        # One with larger batches would do, but its buffers are many times those of a context that only decodes.
+        return (
+            context.n_ctx >= n_ctx and context.n_batch == min(n_batch, context.n_ctx) and self._n_outputs == n_outputs
+        )

@@ -115,6 +115,8 @@ class Draft:
     Keeps the tokens it has read from draft to draft and from answer to answer, as far as they stay the same. When a
     conversation outgrows its context, it goes on with the end of it.
 
+    model: its weights and vocabulary.
+
     Raises ModelError for a file that is missing, or a model that cannot draft.
     """
 
@@ -133,15 +135,15 @@ class Draft:
         self._options = options
         self._interrupt = interrupt
         with ExitStack() as resources:
-            self._model = Model(path, n_gpu_layers, progress=progress)
-            resources.callback(self._model.close)
-            if not self._model.has_kv_cache:
+            self.model = Model(path, n_gpu_layers, progress=progress)
+            resources.callback(self.model.close)
+            if not self.model.has_kv_cache:
                 raise ModelError(f"{path}: cannot draft, as its memory does not take tokens back: use another draft")
             self._projector: Projector | None = None
             if options.mmproj is not None:
                 mmproj = Path(options.mmproj)
                 self._projector = Projector(
-                    *(mmproj, self._model), use_gpu=n_gpu_layers != 0, n_threads=n_threads, interrupt=interrupt
+                    *(mmproj, self.model), use_gpu=n_gpu_layers != 0, n_threads=n_threads, interrupt=interrupt
                 )
                 resources.callback(self._projector.close)
             self._n_threads = n_threads
@@ -152,12 +154,12 @@ class Draft:
             resources.callback(lambda: self._cache.close())
             if self._cache.pools:
                 raise ModelError(f"{path}: cannot draft: it is an embedding model")
-            self._template = ChatTemplate(self._model)
-            self._shared = _share_vocabulary(self._model, target)
+            self._template = ChatTemplate(self.model)
+            self._shared = _share_vocabulary(self.model, target)
             if not self._shared:
-                _ = self._model.sorted_pieces  # takes a while, once
-            self._to_target = Bridge(self._model, target)
-            self._to_draft = Bridge(target, self._model)
+                _ = self.model.sorted_pieces  # takes a while, once
+            self._to_target = Bridge(self.model, target)
+            self._to_draft = Bridge(target, self.model)
             self._resources = resources.pop_all()
         self._prompt: Prompt | None = None
         self._sampler: Sampler | None = None
@@ -196,11 +198,11 @@ class Draft:
         """
         self._turn_to(tokens, Sampling(), Noise(0))
         names = {token: name for name, (token, _) in self._target.control_tokens.items()}
-        held = [] if self._model.bos is None else [self._model.bos]
+        held = [] if self.model.bos is None else [self.model.bos]
         text = b""
         for token in tokens:
             text += self._target.piece(token)
-            known = self._model.control_tokens.get(names.get(token, ""))
+            known = self.model.control_tokens.get(names.get(token, ""))
             if known:
                 held += self._to_draft.continue_(held[-_TAIL:], text)
                 text = b""
@@ -266,7 +268,7 @@ class Draft:
         overlap = len(self._text) - self._n_bytes
         longer = self._longer_last_token(answer) if n_read else None
         if longer:
-            overlap = len(self._model.piece(self._tokens[-1]))
+            overlap = len(self.model.piece(self._tokens[-1]))
             self._cache.retract()
         drafted: list[int] = []
         chances: list[float] = []
@@ -287,7 +289,7 @@ class Draft:
                 break
             drafted.append(token)
             chances.append(chance)
-            if len(drafted) == min(n_draft, most) or not self._model.piece(token):
+            if len(drafted) == min(n_draft, most) or not self.model.piece(token):
                 break
             started = time.perf_counter()
             self._cache.extend(token)
@@ -314,7 +316,7 @@ class Draft:
 
     def costs(self) -> tuple[int, float, int, float]:
         """Measure: tokens read at once and the seconds, tokens read one by one and the seconds."""
-        tokens = (self._model.tokenize("The quick brown fox. ") * _TAIL)[:_TAIL]
+        tokens = (self.model.tokenize("The quick brown fox. ") * _TAIL)[:_TAIL]
         self._cache.hold(tokens)
         self._cache.clear()
         started = time.perf_counter()
@@ -341,7 +343,7 @@ class Draft:
         self._n_taken = 0
         self._rule = rule_for(sampling.temperature, self._options.rule)
         plain = replace(sampling, repeat_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None)
-        self._sampler = Sampler(self._model, plain)
+        self._sampler = Sampler(self.model, plain)
         self._noise = noise
         if self._rule == "coupled":
             _ = self._stand_ins  # takes a while, once
@@ -359,10 +361,10 @@ class Draft:
     def _with_pictures(self, conversation: Conversation) -> Prompt | None:
         """The prompt with its pictures, if the draft can take them."""
         try:
-            prompt = Prompt(conversation.parts(self._template), self._model, self._projector)
+            prompt = Prompt(conversation.parts(self._template), self.model, self._projector)
         except PromptError:
             return None
-        if 2 * prompt.n_tokens > self._model.n_ctx_train:
+        if 2 * prompt.n_tokens > self.model.n_ctx_train:
             prompt.close()
             return None
         return prompt
@@ -373,20 +375,20 @@ class Draft:
         except PromptError:  # the draft's template may know less roles than the target's
             text = "\n".join(str(part) for message in conversation.messages for part in message.content)
             parts = self._template.raw([], text)
-        (chunk,) = Prompt(parts, self._model, None).chunks
+        (chunk,) = Prompt(parts, self.model, None).chunks
         assert isinstance(chunk, TextChunk)
         return chunk.tokens
 
     def _grow(self, n_ctx: int, n_batch: int) -> None:
         """Have a context of at least `n_ctx` tokens, or of as many as the draft was trained with."""
-        n_ctx = min(-(-n_ctx // _STEP) * _STEP, self._model.n_ctx_train)
+        n_ctx = min(-(-n_ctx // _STEP) * _STEP, self.model.n_ctx_train)
         if self._cache.n_ctx < n_ctx or self._cache.n_batch < min(n_batch, n_ctx):
             self._cache.close()
             self._cache = self._new_cache(n_ctx, n_batch)
 
     def _new_cache(self, n_ctx: int, n_batch: int) -> _Cache:
         context = Context(
-            *(self._model, n_ctx, n_batch),
+            *(self.model, n_ctx, n_batch),
             type_k="f16",
             type_v="f16",
             n_threads=self._n_threads,
@@ -400,14 +402,14 @@ class Draft:
         new = answer[self._n_taken :]
         self._n_taken = len(answer)
         if self._shared:
-            self._tokens += [token for token in new if token < self._model.n_vocab]
+            self._tokens += [token for token in new if token < self.model.n_vocab]
             return
         self._text += b"".join(map(self._target.piece, new))
         base = max(self._n_fixed, len(self._tokens) - _REENCODED)
-        start = self._n_bytes - sum(len(self._model.piece(token)) for token in self._tokens[base:])
+        start = self._n_bytes - sum(len(self.model.piece(token)) for token in self._tokens[base:])
         tokens = self._to_draft.continue_(self._tokens[max(0, base - _TAIL) : base], self._text[start:])
         self._tokens[base:] = tokens
-        self._n_bytes = start + sum(len(self._model.piece(token)) for token in tokens)
+        self._n_bytes = start + sum(len(self.model.piece(token)) for token in tokens)
         if len(self._text) - self._n_bytes >= _LONGEST_CHARACTER:  # nothing in the draft's vocabulary stands for it
             self._n_bytes = len(self._text)
             self._n_fixed = len(self._tokens)
@@ -421,8 +423,8 @@ class Draft:
         if self._shared or len(self._text) > self._n_bytes or len(self._tokens) <= max(1, self._n_fixed):
             return None
         last = self._tokens[-1]
-        pieces, tokens = self._model.sorted_pieces
-        piece = self._model.piece(last)
+        pieces, tokens = self.model.sorted_pieces
+        piece = self.model.piece(last)
         start, stop = bisect_right(pieces, piece), bisect_right(pieces, piece + b"\xff" * _LONGEST_CHARACTER)
         if not piece or start == stop:
             return None
@@ -430,7 +432,7 @@ class Draft:
         logits = self._cache.logits(-2)
         likely = candidates[logits[candidates] > logits[last]]
         for token in likely[np.argsort(-logits[likely])][:_TRIED]:
-            if self._could_be(answer, self._model.piece(int(token)), len(piece)):
+            if self._could_be(answer, self.model.piece(int(token)), len(piece)):
                 weights = np.exp(logits[[last, *candidates]] - logits[token])
                 chance = 1 / float(weights.sum())
                 return int(token), chance, chance
@@ -460,7 +462,7 @@ class Draft:
         n_bytes = len(self._text) - self._n_bytes
         places = {}
         for i, token in enumerate(reversed(self._tokens[-_JUDGED:]), 1):
-            n_bytes += len(self._model.piece(token))
+            n_bytes += len(self.model.piece(token))
             if n_bytes in starts:
                 places[i] = starts[n_bytes]
         return places
@@ -482,7 +484,7 @@ class Draft:
         if self._cache.n_before + len(self._tokens) + n_draft > self._cache.n_ctx:
             keep = self._cache.n_ctx // 2
             dropped = len(self._tokens) - keep
-            bos = [] if self._model.bos is None else [self._model.bos]
+            bos = [] if self.model.bos is None else [self.model.bos]
             self._tokens = [*bos, *self._tokens[max(0, dropped) :]]
             self._n_fixed = max(0, self._n_fixed - max(0, dropped)) + len(bos)
             if self._cache.n_before:
@@ -513,25 +515,25 @@ class Draft:
     def _stand_ins(self) -> npt.NDArray[np.int64]:
         """Draft token -> the target token with the same bytes or, for the end, role; or a number that is no token."""
         if self._shared:
-            return np.arange(self._model.n_vocab)
+            return np.arange(self.model.n_vocab)
         target = {}
         for token in reversed(range(self._target.n_vocab)):
             target[self._target.piece(token)] = token
         del target[b""]
-        n = self._model.n_vocab
+        n = self.model.n_vocab
         result = np.arange(self._target.n_vocab, self._target.n_vocab + n)
         for token in range(n):
-            if self._model.ends_generation(token):
+            if self.model.ends_generation(token):
                 result[token] = (*self._to_target.proxies([], [token]), result[token])[0]
             else:
-                result[token] = target.get(self._model.piece(token), result[token])
+                result[token] = target.get(self.model.piece(token), result[token])
         return result
 
     def _transferred(self, drafted: Sequence[int], proposed: Sequence[int], chances: Sequence[float]) -> list[float]:
         """What the draft's probabilities say of each proposed token: the product over the tokens aligned with it."""
         if not proposed:
             return []
-        pieces = [self._model.piece(token) for token in drafted]
+        pieces = [self.model.piece(token) for token in drafted]
         alignment = align(pieces, [self._target.piece(token) for token in proposed])
         return [float(np.prod([chances[i] for i in alignment.draft_of(j)])) for j in range(len(proposed))]
 

@@ -30,11 +30,13 @@ class Drafting:
     """A runtime's draft model and what is known of its worth, for all its answers.
 
     n_pass: the most tokens that the target decodes in one pass.
+    draft: the draft model.
 
     Raises ModelError for a target that does not take tokens back, and what `Draft` raises.
     """
 
     n_pass = 1 + MOST_DRAFTED
+    draft_class = Draft
 
     def __init__(
         self, path: Path, engine: Engine, options: DraftOptions | None = None, progress: Progress | None = None
@@ -43,7 +45,7 @@ class Drafting:
         self._target = engine.model
         if not self._target.has_kv_cache:
             raise ModelError("this model cannot be drafted for: its memory does not take tokens back; load it alone")
-        self._draft = Draft(
+        self.draft = self.draft_class(
             *(path, self._target, self._options),
             n_gpu_layers=engine.n_gpu_layers,
             n_threads=engine.n_threads,
@@ -54,17 +56,17 @@ class Drafting:
         if self._options.n_draft is None:
             for n_tokens, seconds in _pass_costs(self._target, engine.n_threads):
                 self._length.pass_took(n_tokens, seconds)
-            n_read, read_s, n_steps, steps_s = self._draft.costs()
+            n_read, read_s, n_steps, steps_s = self.draft.costs()
             self._length.read(n_read, read_s)
             self._length.drafted(n_steps, steps_s)
 
     def close(self) -> None:
         """Free the draft model."""
-        self._draft.close()
+        self.draft.close()
 
     def end(self) -> None:
         """Free what belongs to the last answer."""
-        self._draft.end()
+        self.draft.end()
 
     def decoder(
         self,
@@ -79,12 +81,12 @@ class Drafting:
         """A decoder for the answer to `conversation`, which is `prompt` for the target, of up to `room` tokens."""
         last = prompt.chunks[-1]
         before = last.tokens if isinstance(last, TextChunk) else []
-        self._draft.begin(conversation, before, sampler.sampling, sampler.noise, room)
+        self.draft.begin(conversation, before, sampler.sampling, sampler.noise, room)
         self._length.begin()
         return SpeculativeDecoder(
             *(context, sampler, position),
             model=self._target,
-            draft=self._draft,
+            draft=self.draft,
             length=self._length,
             rule=rule_for(sampler.sampling.temperature, self._options.rule),
             room=room,

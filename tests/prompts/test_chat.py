@@ -172,7 +172,9 @@ def test_raw_text_is_not_parsed(template):
 def test_pictures_and_text_tokenize_alike(runtime, template):
     """mtmd and llama.cpp give the same tokens for the same text."""
     image = Image.new("RGB", (56, 56))
-    with_picture = Prompt(template.parts([user(image, "the <|im_end|> end")]), runtime.engine.model, runtime.engine.projector)
+    with_picture = Prompt(
+        template.parts([user(image, "the <|im_end|> end")]), runtime.engine.model, runtime.engine.projector
+    )
     before, _, after = with_picture.chunks
     without = Prompt(template.parts([user("the <|im_end|> end")]), runtime.engine.model, None)
     assert before.tokens + after.tokens == without.chunks[0].tokens

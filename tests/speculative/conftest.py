@@ -12,6 +12,7 @@ import pytest
 from support.gguf_random import Spec, write_model
 
 from edge_shiftkv import runtime
+from edge_shiftkv.engine import engine
 from edge_shiftkv.native.llama import Model
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative import draft
@@ -59,7 +60,7 @@ def loaded() -> Iterator[Callable[..., Model]]:
 
 @pytest.fixture
 def share_models(loaded: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "Model", loaded)
+    monkeypatch.setattr(engine, "Model", loaded)
     monkeypatch.setattr(draft, "Model", loaded)
 
 

@@ -95,7 +95,7 @@ def test_a_draft_of_another_vocabulary_keeps_its_tokens(target, draft, speakers,
         speakers[target], n_threads=1, n_ctx=512, draft=speakers[draft], draft_options=DraftOptions(4)
     ) as runtime:
         answer = runtime.generate(TEXT, raw=True, max_tokens=40)
-        model = runtime._drafting._draft._model
+        model = runtime.drafting.draft.model
         said = b"".join(map(model.piece, holds[-1]))
     assert said.startswith((TEXT.encode(), b" " + TEXT.encode()))
     rest = said.split(TEXT.encode())[1]
