@@ -25,8 +25,8 @@ from edge_shiftkv.results import Completion, DraftFigures, Figures
 from edge_shiftkv.runtime import Runtime
 from edge_shiftkv.selection import ImageSpan, Selection, ShiftKV
 from edge_shiftkv.selection.heatmap import heatmap
-from edge_shiftkv.speculative.draft import DraftOptions
 from edge_shiftkv.speculative.llama_draft import LlamaDraft
+from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream
 
 __all__ = [

@@ -20,7 +20,7 @@ from edge_shiftkv.request import Options
 from edge_shiftkv.results import Completion, DraftFigures, Figures
 from edge_shiftkv.runtime import Runtime
 from edge_shiftkv.selection.heatmap import heatmap
-from edge_shiftkv.speculative.draft import DraftOptions
+from edge_shiftkv.speculative.options import DraftOptions
 
 _LABEL_WIDTH = 16
 

@@ -28,8 +28,8 @@ from edge_shiftkv.results import Completion, Figures, FinishReason
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.selection.methods import DEFAULT_METHOD, Method, method
 from edge_shiftkv.selection.results import Selection
-from edge_shiftkv.speculative.draft import DraftOptions
 from edge_shiftkv.speculative.loop import Drafting
+from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream, Turn
 from edge_shiftkv.text import TextAssembler
 

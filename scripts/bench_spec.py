@@ -30,10 +30,12 @@ import numpy as np
 from edge_shiftkv import Completion, Runtime, runtime
 from edge_shiftkv.native.llama import usable_cpus
 from edge_shiftkv.sampling import Floats, Outputs, Sampler
-from edge_shiftkv.speculative.draft import Draft, Drafted, DraftOptions
+from edge_shiftkv.speculative.draft import Draft
 from edge_shiftkv.speculative.length import MOST
 from edge_shiftkv.speculative.loop import Drafting, SpeculativeDecoder
-from edge_shiftkv.speculative.verify import SAMPLING_RULES, Proposal, Rule
+from edge_shiftkv.speculative.options import DraftOptions
+from edge_shiftkv.speculative.records import Drafted, Proposal
+from edge_shiftkv.speculative.rules import SAMPLING_RULES, SamplingRule
 
 SUMMED = ("tokens", "rounds", "drafted", "accepted", "decode_s", "native_s", "draft_s", "align_s", "verify_s")
 PROMPTS = Path(__file__).parent / "data" / "spec_prompts.jsonl"
@@ -147,7 +149,7 @@ class Bench:
         return self._runtime.generate(prompt, max_tokens=self._arguments.tokens, **options)
 
     def helped(
-        self, prompt: str, n_draft: int | None, rule: Rule | None = None, *, wrong: bool = False, **options: Any
+        self, prompt: str, n_draft: int | None, rule: SamplingRule | None = None, *, wrong: bool = False, **options: Any
     ) -> Completion:
         """Its answer with a draft; every variant keeps what it learns of its costs."""
         key = (n_draft, rule, wrong)

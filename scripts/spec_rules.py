@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_shiftkv.sampling import Choices, Noise, Sampler, Sampling
-from edge_shiftkv.speculative.verify import Proposal, Rule, verify
+from edge_shiftkv.sampling import Sampler, Sampling
+from edge_shiftkv.speculative.records import Proposal
+from edge_shiftkv.speculative.rules import SAMPLING_RULES, DraftSide, rule_for
+from edge_shiftkv.speculative.verify import verify
 
 Floats = npt.NDArray[np.float64]
 
@@ -69,24 +71,22 @@ def probabilities(sampling: Sampling) -> Floats:
     return result
 
 
-def answer(sampling: Sampling, rule: Rule, draft: Table | None, n_draft: int) -> tuple[tuple[int, ...], int, int, int]:
-    """A text, the rounds it took, and how many tokens were proposed and accepted."""
-    sampler = Sampler(MODEL, sampling)
-    own = Noise(sampler.noise.seed ^ 1)
+def answer(
+    sampling: Sampling, name: str | None, draft: Table | None, n_draft: int
+) -> tuple[tuple[int, ...], int, int, int]:
+    """A text by the rule of a name, the rounds it took, and how many tokens were proposed and accepted."""
+    rule = rule_for(sampling.temperature, name)
+    sampler, filters = Sampler(MODEL, sampling), Sampler(MODEL, sampling)
+    rule.begin(DraftSide(filters, sampler.noise, lambda: np.arange(N_VOCAB)))
     text: list[int] = []
     rounds = proposed = accepted = 0
     while len(text) < N_TOKENS:
         drafted: list[int] = []
         chances: list[float] = []
         while draft and len(drafted) < min(n_draft, N_TOKENS - len(text) - 1):
-            scores = draft([*text, *drafted]).astype(np.float64) / (sampling.temperature or 1e-3)
-            choices = Choices(np.arange(N_VOCAB), scores)
-            place = len(text) + len(drafted)
-            if rule == "tokentiming":  # with noise that no other draw has
-                drafted.append(own.pick(place + N_TOKENS * rounds, choices))
-            else:
-                drafted.append(sampler.noise.pick(place, choices))
-            chances.append(float(choices.probabilities()[drafted[-1]]))
+            token, _, chance = rule.draw(draft([*text, *drafted]), len(text) + len(drafted))
+            drafted.append(token)
+            chances.append(chance)
         whole = [*text, *drafted]
         outputs = SimpleNamespace(logits=lambda output, whole=whole: TARGET(whole[: len(whole) + output + 1]))
         drawn = verify(outputs, sampler, Proposal(drafted, chances), rule, lambda _: False)
@@ -95,10 +95,11 @@ def answer(sampling: Sampling, rule: Rule, draft: Table | None, n_draft: int) ->
         text += drawn
         rounds += 1
     sampler.close()
+    filters.close()
     return tuple(text), rounds, proposed, accepted
 
 
-def measure(rule: Rule, draft: Table | None, n_texts: int, n_draft: int = 2, **options: Any) -> tuple[Floats, float]:
+def measure(rule: str, draft: Table | None, n_texts: int, n_draft: int = 2, **options: Any) -> tuple[Floats, float]:
     """How often each text was written, and the share of the proposed tokens that was accepted."""
     counts = np.zeros((N_VOCAB,) * N_TOKENS)
     n_proposed = n_accepted = 0
@@ -126,8 +127,7 @@ def main() -> None:
     # As far as exact draws of this number are from their own distribution.
     drawn = np.random.default_rng(0).multinomial(n_texts, expected.ravel())
     print(f"| exact draws | | | {distance(drawn, expected.ravel()):.4f} |")
-    rules: tuple[Rule, ...] = ("coupled", "tokentiming")
-    for rule in rules:
+    for rule in SAMPLING_RULES:
         for name, draft in DRAFTS.items():
             counts, accepted = measure(rule, draft, n_texts, temperature=1.0, **UNFILTERED)
             print(f"| {rule} | {name} | {accepted:.1%} | {distance(counts, expected):.4f} |")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -11,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edge_shiftkv.engine.prefilled import Prefilled, prefill_batch
-from edge_shiftkv.errors import ModelError, PromptError, SettingError, ShiftKVError
+from edge_shiftkv.engine.prefilled import prefill_batch
+from edge_shiftkv.errors import ModelError, PromptError, ShiftKVError
 from edge_shiftkv.native.calls import Interrupt
 from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.native.mtmd import Projector, TextChunk
@@ -27,10 +25,10 @@ from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.sampling import Noise, Sampler, Sampling
 from edge_shiftkv.speculative.align import align
 from edge_shiftkv.speculative.bridge import Bridge
-from edge_shiftkv.speculative.verify import SAMPLING_RULES, Proposal, Rule, rule_for
-
-MOST_DRAFTED = 16
-"""The most tokens that can be drafted, and proposed, in a round."""
+from edge_shiftkv.speculative.options import MOST_DRAFTED, DraftOptions
+from edge_shiftkv.speculative.prefix_cache import PrefixCache
+from edge_shiftkv.speculative.records import Drafted, Judged, Proposal
+from edge_shiftkv.speculative.rules import DraftSide, Drawn, Greedy, Rule, rule_for
 
 _BATCH = 512
 _TAIL = 32  # tokens before a text that may have a say in its tokens
@@ -44,69 +42,23 @@ _PADDING = 512  # tokens without text that one model of a family may have more t
 _ROOM = 2  # tokens of a draft per token of a target, for the answer
 
 
-@dataclass(frozen=True)
-class DraftOptions:
-    """How a draft model is used.
+@dataclass
+class _Held:
+    """What is known of the answer that is drafted for.
 
-    n_draft: tokens drafted in every round, 1 to 16; None drafts as many as pay, which may be none: some passes of the
-        target are timed for that when the models are loaded.
-    rule: how drafts are verified at a temperature: "coupled", the default, gives the answer that the target gives
-        without a draft; "tokentiming" is the rule of the paper, which does not. Temperature 0 is always exact.
-    mmproj: path of the draft's own vision encoder and projector; without one, it is given the text of a prompt only.
-    min_confidence: a draft ends before a token that the draft model gives a lower probability.
-
-    Raises SettingError when a value is out of its range.
+    before: the target's last tokens before it.
+    rule: what drafts are verified by.
+    tokens: the draft's tokens for prompt and answer; the first n_fixed of them are not encoded anew.
+    text: the answer's bytes; n_taken of the target's tokens are in it, and n_bytes of it in `tokens`.
     """
 
-    n_draft: int | None = None
-    rule: Rule | None = None
-    mmproj: str | os.PathLike[str] | None = None
-    min_confidence: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.n_draft is not None and not 1 <= self.n_draft <= MOST_DRAFTED:
-            raise SettingError(f"n_draft is {self.n_draft}: it has to be 1 to {MOST_DRAFTED}, or None for what pays")
-        if self.rule is not None and self.rule not in SAMPLING_RULES:
-            raise SettingError(f"draft rule {self.rule!r} is not known: use one of {', '.join(SAMPLING_RULES)}")
-        if not 0 <= self.min_confidence <= 1:
-            raise SettingError(f"min_confidence is {self.min_confidence}: it has to be in [0, 1]")
-
-
-@dataclass(frozen=True)
-class Drafted:
-    """A draft, and what it took; by default none.
-
-    n_drafted: tokens of the draft model in it.
-    confidences: what the draft model gave each of them, and that of a token at which it ended for lack of confidence.
-    n_read, reading_s: tokens that the draft model read before, at once, and the seconds; part of model_s.
-    n_passes: the other passes of the draft model.
-    model_s, bridge_s: seconds in the draft model, and from its tokens to the target's and back.
-    """
-
-    proposal: Proposal = field(default_factory=Proposal)
-    n_drafted: int = 0
-    confidences: Sequence[float] = ()
-    n_read: int = 0
-    n_passes: int = 0
-    reading_s: float = 0.0
-    model_s: float = 0.0
-    bridge_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the draft model would have written, had it been asked.
-
-    n, n_agreed: tokens of the answer that it was asked about, and those that it would have written, too.
-    n_foreseen: those that it should have, by its confidence.
-    n_read, seconds: tokens that it read, at once, and the time it all took.
-    """
-
-    n: int
-    n_agreed: int
-    n_foreseen: float
-    n_read: int
-    seconds: float
+    before: list[int]
+    rule: Rule
+    tokens: list[int] = field(default_factory=list)
+    n_fixed: int = 0
+    text: bytes = b""
+    n_taken: int = 0
+    n_bytes: int = 0
 
 
 class Draft:
@@ -161,6 +113,7 @@ class Draft:
             self._to_target = Bridge(self.model, target)
             self._to_draft = Bridge(target, self.model)
             self._resources = resources.pop_all()
+        self._held = _Held([], Greedy())
         self._prompt: Prompt | None = None
         self._sampler: Sampler | None = None
 
@@ -170,14 +123,21 @@ class Draft:
         self._resources.close()
 
     def begin(
-        self, conversation: Conversation, prompt: Sequence[int], sampling: Sampling, noise: Noise, room: int
+        self,
+        conversation: Conversation,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        noise: Noise,
+        room: int,
+        rule: Rule | None = None,
     ) -> None:
         """Turn to a new answer of up to `room` tokens; nothing is read before `propose` needs it.
 
         prompt: the target's tokens before the answer, of which the last ones will do.
         noise: what the target draws with.
+        rule: what the draft is verified by; by default what the options say.
         """
-        self._turn_to(prompt, sampling, noise)
+        self._turn_to(prompt, sampling, noise, rule or rule_for(sampling.temperature, self._options.rule))
         n_batch = _BATCH
         pictures = any(isinstance(part, Image.Image) for message in conversation.messages for part in message.content)
         if pictures and self._projector:
@@ -188,7 +148,7 @@ class Draft:
             n_batch = prefill_batch(self._prompt, self._projector)
         else:
             self._hold(self._text_tokens(conversation.without_images()))
-            n_prompt = self._n_fixed
+            n_prompt = self._held.n_fixed
         self._grow(n_prompt + _ROOM * room + MOST_DRAFTED, n_batch)
 
     def begin_after(self, tokens: Sequence[int], room: int) -> None:
@@ -196,7 +156,7 @@ class Draft:
 
         Control tokens that the draft does not have under the same name are left out.
         """
-        self._turn_to(tokens, Sampling(), Noise(0))
+        self._turn_to(tokens, Sampling(), Noise(0), Greedy())
         names = {token: name for name, (token, _) in self._target.control_tokens.items()}
         held = [] if self.model.bos is None else [self.model.bos]
         text = b""
@@ -221,8 +181,8 @@ class Draft:
 
     def unread(self, answer: Sequence[int]) -> int:
         """About how many tokens have to be read before the next draft; `answer` are the target's tokens so far."""
-        n = self._prompt.n_tokens if self._prompt else len(self._tokens) - self._cache.n_common(self._tokens)
-        return n + len(answer) - self._n_taken
+        n = self._prompt.n_tokens if self._prompt else len(self._held.tokens) - self._cache.n_common(self._held.tokens)
+        return n + len(answer) - self._held.n_taken
 
     def judge(self, answer: Sequence[int]) -> Judged:
         """Read what is new, which the next draft needs not do then, and tell how well it was foreseen.
@@ -234,19 +194,19 @@ class Draft:
         started = time.perf_counter()
         self._keep_up(answer)
         n_read = self._read(0, _JUDGED)
-        n_answer = len(self._tokens) - self._n_fixed
+        n_answer = len(self._held.tokens) - self._held.n_fixed
         places = self._places(answer)
-        rule: Rule = "coupled" if self._rule == "coupled" else "greedy"
+        rule = self._held.rule.judging()
         n = n_agreed = 0
         n_foreseen = 0.0
         for i in range(1, min(_JUDGED, n_read, n_answer)):
             place = places.get(i)
-            if place is None and rule == "coupled":  # the draw would have begun elsewhere
+            if place is None and rule.needs_places:  # the draw would have begun elsewhere
                 continue
-            token, confidence, _ = self._draw(self._cache.logits(-1 - i), place or 0, rule)
+            drawn = rule.draw(self._cache.logits(-1 - i), place or 0)
             n += 1
-            n_agreed += token == self._tokens[-i]
-            n_foreseen += confidence
+            n_agreed += drawn.token == self._held.tokens[-i]
+            n_foreseen += drawn.confidence
         return Judged(n, n_agreed, n_foreseen, n_read, time.perf_counter() - started)
 
     def propose(self, answer: Sequence[int], n_draft: int, most: int, enough: float = 0.0) -> Drafted:
@@ -259,16 +219,17 @@ class Draft:
 
         Raises ShiftKVError when llama.cpp fails.
         """
+        rule = self._held.rule
         started = time.perf_counter()
         self._keep_up(answer)
         bridge_s = time.perf_counter() - started
         started = time.perf_counter()
         n_read = self._read(n_draft)
         reading_s = model_s = time.perf_counter() - started
-        overlap = len(self._text) - self._n_bytes
+        overlap = len(self._held.text) - self._held.n_bytes
         longer = self._longer_last_token(answer) if n_read else None
         if longer:
-            overlap = len(self.model.piece(self._tokens[-1]))
+            overlap = len(self.model.piece(self._held.tokens[-1]))
             self._cache.retract()
         drafted: list[int] = []
         chances: list[float] = []
@@ -278,30 +239,28 @@ class Draft:
         n_passes = 0
         while n_read:
             started = time.perf_counter()
-            if longer and not drafted:
-                token, confidence, chance = longer
-            else:
-                token, confidence, chance = self._draw(self._cache.logits(), len(answer) + len(proposed), self._rule)
+            first = longer if not drafted else None
+            drawn = first or rule.draw(self._cache.logits(), len(answer) + len(proposed))
             model_s += time.perf_counter() - started
-            confidences.append(confidence)
-            reach *= confidence
-            if confidence < self._options.min_confidence or reach < enough:
+            confidences.append(drawn.confidence)
+            reach *= drawn.confidence
+            if drawn.confidence < self._options.min_confidence or reach < enough:
                 break
-            drafted.append(token)
-            chances.append(chance)
-            if len(drafted) == min(n_draft, most) or not self.model.piece(token):
+            drafted.append(drawn.token)
+            chances.append(drawn.probability)
+            if len(drafted) == min(n_draft, most) or not self.model.piece(drawn.token):
                 break
             started = time.perf_counter()
-            self._cache.extend(token)
+            self._cache.extend(drawn.token)
             n_passes += 1
             model_s += time.perf_counter() - started
-            if self._rule == "coupled":  # the place of the next draw
+            if rule.needs_places:
                 started = time.perf_counter()
                 proposed = self._proxies(answer, drafted, overlap)
                 bridge_s += time.perf_counter() - started
         started = time.perf_counter()
         proposed = self._proxies(answer, drafted, overlap)[:most]
-        chances = self._transferred(drafted, proposed, chances) if self._rule == "tokentiming" else []
+        chances = self._transferred(drafted, proposed, chances) if rule.needs_probabilities else []
         bridge_s += time.perf_counter() - started
         return Drafted(
             Proposal(proposed, chances),
@@ -336,25 +295,17 @@ class Draft:
         if prompt:
             prompt.close()
 
-    def _turn_to(self, prompt: Sequence[int], sampling: Sampling, noise: Noise) -> None:
+    def _turn_to(self, prompt: Sequence[int], sampling: Sampling, noise: Noise, rule: Rule) -> None:
         self.end()
-        self._before = list(prompt[-_TAIL:])
-        self._text = b""
-        self._n_taken = 0
-        self._rule = rule_for(sampling.temperature, self._options.rule)
+        self._held = _Held(list(prompt[-_TAIL:]), rule)
         plain = replace(sampling, repeat_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None)
         self._sampler = Sampler(self.model, plain)
-        self._noise = noise
-        if self._rule == "coupled":
-            _ = self._stand_ins  # takes a while, once
-        self._own_noise = Noise(noise.seed ^ 1)  # for the rule whose draft is independent of the target
-        self._n_drawn = 0
+        rule.begin(DraftSide(self._sampler, noise, lambda: self._stand_ins))
 
     def _hold(self, prompt: list[int]) -> None:
         """Begin with the tokens of a prompt, and no answer."""
-        self._tokens = prompt
-        self._n_fixed = len(prompt)
-        self._n_bytes = 0
+        self._held.tokens = prompt
+        self._held.n_fixed = len(prompt)
         if prompt and self._cache.n_before:
             self._cache.clear()
 
@@ -386,7 +337,7 @@ class Draft:
             self._cache.close()
             self._cache = self._new_cache(n_ctx, n_batch)
 
-    def _new_cache(self, n_ctx: int, n_batch: int) -> _Cache:
+    def _new_cache(self, n_ctx: int, n_batch: int) -> PrefixCache:
         context = Context(
             *(self.model, n_ctx, n_batch),
             type_k="f16",
@@ -395,34 +346,36 @@ class Draft:
             n_outputs=_JUDGED,
             interrupt=self._interrupt,
         )
-        return _Cache(context)
+        return PrefixCache(context)
 
     def _keep_up(self, answer: Sequence[int]) -> None:
         """Let `_tokens` stand for the answer up to its last whole character."""
-        new = answer[self._n_taken :]
-        self._n_taken = len(answer)
+        held = self._held
+        new = answer[held.n_taken :]
+        held.n_taken = len(answer)
         if self._shared:
-            self._tokens += [token for token in new if token < self.model.n_vocab]
+            held.tokens += [token for token in new if token < self.model.n_vocab]
             return
-        self._text += b"".join(map(self._target.piece, new))
-        base = max(self._n_fixed, len(self._tokens) - _REENCODED)
-        start = self._n_bytes - sum(len(self.model.piece(token)) for token in self._tokens[base:])
-        tokens = self._to_draft.continue_(self._tokens[max(0, base - _TAIL) : base], self._text[start:])
-        self._tokens[base:] = tokens
-        self._n_bytes = start + sum(len(self.model.piece(token)) for token in tokens)
-        if len(self._text) - self._n_bytes >= _LONGEST_CHARACTER:  # nothing in the draft's vocabulary stands for it
-            self._n_bytes = len(self._text)
-            self._n_fixed = len(self._tokens)
+        held.text += b"".join(map(self._target.piece, new))
+        base = max(held.n_fixed, len(held.tokens) - _REENCODED)
+        start = held.n_bytes - sum(len(self.model.piece(token)) for token in held.tokens[base:])
+        tokens = self._to_draft.continue_(held.tokens[max(0, base - _TAIL) : base], held.text[start:])
+        held.tokens[base:] = tokens
+        held.n_bytes = start + sum(len(self.model.piece(token)) for token in tokens)
+        if len(held.text) - held.n_bytes >= _LONGEST_CHARACTER:  # nothing in the draft's vocabulary stands for it
+            held.n_bytes = len(held.text)
+            held.n_fixed = len(held.tokens)
 
-    def _longer_last_token(self, answer: Sequence[int]) -> tuple[int, float, float] | None:
-        """A token that begins with the text of the last one read and is more likely, its confidence and probability.
+    def _longer_last_token(self, answer: Sequence[int]) -> Drawn | None:
+        """A token that begins with the text of the last one read and is more likely.
 
         The end of a target's token can be in the middle of what the draft model knows as one token only: it would not
         go on from there as it should, as from a line feed that it only knows together with the spaces after it.
         """
-        if self._shared or len(self._text) > self._n_bytes or len(self._tokens) <= max(1, self._n_fixed):
+        held = self._held
+        if self._shared or len(held.text) > held.n_bytes or len(held.tokens) <= max(1, held.n_fixed):
             return None
-        last = self._tokens[-1]
+        last = held.tokens[-1]
         pieces, tokens = self.model.sorted_pieces
         piece = self.model.piece(last)
         start, stop = bisect_right(pieces, piece), bisect_right(pieces, piece + b"\xff" * _LONGEST_CHARACTER)
@@ -435,7 +388,7 @@ class Draft:
             if self._could_be(answer, self.model.piece(int(token)), len(piece)):
                 weights = np.exp(logits[[last, *candidates]] - logits[token])
                 chance = 1 / float(weights.sum())
-                return int(token), chance, chance
+                return Drawn(int(token), chance, chance)
         return None
 
     def _could_be(self, answer: Sequence[int], text: bytes, n_held: int) -> bool:
@@ -447,21 +400,22 @@ class Draft:
         while start and len(held) < n_held:
             start -= 1
             held = self._target.piece(answer[start]) + held
-        before = [*self._before, *answer[max(0, start - _TAIL) : start]][-_TAIL:]
+        before = [*self._held.before, *answer[max(0, start - _TAIL) : start]][-_TAIL:]
         tokens = self._to_target.continue_(before, held + text[n_held:])
         return tokens[: len(answer) - start] == list(answer[start:])
 
     def _places(self, answer: Sequence[int]) -> dict[int, int]:
         """The places in the answer where the last tokens held begin, counted from 1 backwards, as far as one does."""
+        held = self._held
         if self._shared:
             return {i: len(answer) - i for i in range(1, _JUDGED)}
         starts, n_bytes = {}, 0
         for place in range(len(answer) - 1, max(-1, len(answer) - 2 * _JUDGED), -1):
             n_bytes += len(self._target.piece(answer[place]))
             starts[n_bytes] = place
-        n_bytes = len(self._text) - self._n_bytes
+        n_bytes = len(held.text) - held.n_bytes
         places = {}
-        for i, token in enumerate(reversed(self._tokens[-_JUDGED:]), 1):
+        for i, token in enumerate(reversed(held.tokens[-_JUDGED:]), 1):
             n_bytes += len(self.model.piece(token))
             if n_bytes in starts:
                 places[i] = starts[n_bytes]
@@ -471,45 +425,26 @@ class Draft:
         """The target's tokens for the drafted ones, which begin with the last `overlap` bytes of the answer."""
         if self._shared:
             return [token for token in drafted if token < self._target.n_vocab]
-        held = [*self._before, *answer[-_TAIL:]][-_TAIL:]
+        held = [*self._held.before, *answer[-_TAIL:]][-_TAIL:]
         return self._to_target.proxies(held, drafted, overlap=overlap)
 
     def _read(self, n_draft: int, n_outputs: int = 2) -> int:
         """Read what is new in `_tokens`, with logits after the last `n_outputs`; return how many tokens that were."""
+        held = self._held
         n_read = 0
         if self._prompt:
             n_read = self._prompt.n_tokens
             self._cache.prefill(self._prompt, self._projector)
             self._drop_pictures()
-        if self._cache.n_before + len(self._tokens) + n_draft > self._cache.n_ctx:
+        if self._cache.n_before + len(held.tokens) + n_draft > self._cache.n_ctx:
             keep = self._cache.n_ctx // 2
-            dropped = len(self._tokens) - keep
+            dropped = len(held.tokens) - keep
             bos = [] if self.model.bos is None else [self.model.bos]
-            self._tokens = [*bos, *self._tokens[max(0, dropped) :]]
-            self._n_fixed = max(0, self._n_fixed - max(0, dropped)) + len(bos)
+            held.tokens = [*bos, *held.tokens[max(0, dropped) :]]
+            held.n_fixed = max(0, held.n_fixed - max(0, dropped)) + len(bos)
             if self._cache.n_before:
                 self._cache.clear()
-        return n_read + self._cache.hold(self._tokens, n_outputs)
-
-    def _draw(self, logits: npt.NDArray[np.float32], place: int, rule: Rule) -> tuple[int, float, float]:
-        """The token drafted at `place` in the answer, the confidence that the target agrees, its probability."""
-        if rule == "greedy":
-            best = int(np.argmax(logits))
-            chance = 1 / float(np.exp(logits - logits[best]).sum())
-            return best, chance, chance
-        assert self._sampler
-        choices = self._sampler.choices(logits)
-        if rule == "tokentiming":
-            noise = self._own_noise.gumbel(self._n_drawn, choices.tokens)
-            self._n_drawn += 1
-        else:
-            noise = self._noise.gumbel(place, self._stand_ins[choices.tokens])
-        perturbed = choices.scores + noise
-        best = int(np.argmax(perturbed))
-        chance = float(choices.probabilities()[best])
-        if rule == "tokentiming":
-            return int(choices.tokens[best]), chance, chance
-        return int(choices.tokens[best]), 1 / float(np.exp(perturbed - perturbed[best]).sum()), chance
+        return n_read + self._cache.hold(held.tokens, n_outputs)
 
     @cached_property
     def _stand_ins(self) -> npt.NDArray[np.int64]:
@@ -546,82 +481,3 @@ def _share_vocabulary(a: Model, b: Model) -> bool:
         and a.control_tokens == b.control_tokens
         and all(a.piece(token) == b.piece(token) for token in range(n))
     )
-
-
-class _Cache:
-    """A context, and the tokens that are known to be in it.
-
-    n_before: how many others are in it before them, of a prompt with pictures.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._tokens: list[int] = []
-        self._start = 0
-        self.n_before = 0
-        self.n_ctx = context.n_ctx
-        self.n_batch = context.n_batch
-
-    @property
-    def pools(self) -> bool:
-        """Whether the model makes one embedding of a text."""
-        return int(llama.llama_pooling_type(self._context.pointer)) > 0
-
-    def close(self) -> None:
-        self._context.close()
-        self.n_ctx = 0
-
-    def clear(self) -> None:
-        self._tokens.clear()
-        self._start = self.n_before = 0
-        self._context.clear()
-
-    def logits(self, output: int = -1) -> npt.NDArray[np.float32]:
-        return self._context.logits(output)
-
-    def prefill(self, prompt: Prompt, projector: Projector | None) -> None:
-        """Read a prompt with pictures."""
-        self.clear()
-        prefilled = Prefilled(self._context, projector)
-        prefilled.read(prompt)
-        self._start = prefilled.position
-        self.n_before = prompt.n_tokens
-
-    def n_common(self, tokens: Sequence[int]) -> int:
-        """The length of the longest common prefix."""
-        n = max(0, min(len(tokens), len(self._tokens)) - _TAIL)
-        if self._tokens[:n] != tokens[:n]:
-            n = 0
-        while n < min(len(tokens), len(self._tokens)) and self._tokens[n] == tokens[n]:
-            n += 1
-        return n
-
-    def hold(self, tokens: Sequence[int], n_outputs: int = 2) -> int:
-        """Hold just these; return how many had to be read.
-
-        There are logits after the last two, and after up to `n_outputs` of those that were read.
-        """
-        if not tokens:
-            return 0
-        n = n_common = max(0, min(self.n_common(tokens), len(tokens) - 2))
-        del self._tokens[n:]
-        self._context.remove(self._start + n)
-        # In whole batches but for the first, so that those with logits are in one.
-        while n < len(tokens):
-            stop = n + ((len(tokens) - n - 1) % self.n_batch + 1)
-            batch = tokens[n:stop]
-            logits = min(n_outputs, len(batch)) if stop == len(tokens) else 0
-            self._context.decode(batch, self._start + n, logits=logits)
-            self._tokens += batch
-            n = stop
-        return len(tokens) - n_common
-
-    def retract(self) -> None:
-        """Forget the last one."""
-        self._tokens.pop()
-        self._context.remove(self._start + len(self._tokens))
-
-    def extend(self, token: int) -> None:
-        """Hold one more."""
-        self._context.decode([token], self._start + len(self._tokens))
-        self._tokens.append(token)

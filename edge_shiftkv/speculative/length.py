@@ -21,7 +21,7 @@ from statistics import median_low
 
 import numpy as np
 
-from edge_shiftkv.speculative.draft import Drafted, Judged
+from edge_shiftkv.speculative.records import Drafted, Judged
 
 MOST = 8
 """The most tokens drafted in a round, if no other number is set."""
@@ -99,6 +99,7 @@ class DraftLength:
         self._lost = 0.0
         self._invested = 0.0
         self._rest = 0
+        self._is_judged = False
 
     @property
     def acceptance(self) -> float:

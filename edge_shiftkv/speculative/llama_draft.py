@@ -16,7 +16,8 @@ import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
 from edge_shiftkv.native.llama import Model, usable_cpus
-from edge_shiftkv.speculative.draft import MOST_DRAFTED, Draft, DraftOptions
+from edge_shiftkv.speculative.draft import Draft
+from edge_shiftkv.speculative.options import MOST_DRAFTED, DraftOptions
 
 _ROOM = 512  # tokens of an answer after which the draft model may have to read again
 

@@ -17,9 +17,12 @@ from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.results import DraftFigures
 from edge_shiftkv.sampling import Sampler
-from edge_shiftkv.speculative.draft import MOST_DRAFTED, Draft, Drafted, DraftOptions
+from edge_shiftkv.speculative.draft import Draft
 from edge_shiftkv.speculative.length import DraftLength
-from edge_shiftkv.speculative.verify import Proposal, Rule, rule_for, verify
+from edge_shiftkv.speculative.options import MOST_DRAFTED, DraftOptions
+from edge_shiftkv.speculative.records import Drafted, Proposal
+from edge_shiftkv.speculative.rules import Rule, rule_for
+from edge_shiftkv.speculative.verify import verify
 
 _MEASURED = (1, 3, 5, 9)  # tokens of the target's passes
 _TIMES = 3  # at most
@@ -81,14 +84,15 @@ class Drafting:
         """A decoder for the answer to `conversation`, which is `prompt` for the target, of up to `room` tokens."""
         last = prompt.chunks[-1]
         before = last.tokens if isinstance(last, TextChunk) else []
-        self.draft.begin(conversation, before, sampler.sampling, sampler.noise, room)
+        rule = rule_for(sampler.sampling.temperature, self._options.rule)
+        self.draft.begin(conversation, before, sampler.sampling, sampler.noise, room, rule)
         self._length.begin()
         return SpeculativeDecoder(
             *(context, sampler, position),
             model=self._target,
             draft=self.draft,
             length=self._length,
-            rule=rule_for(sampler.sampling.temperature, self._options.rule),
+            rule=rule,
             room=room,
         )
 

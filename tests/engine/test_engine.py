@@ -167,7 +167,7 @@ def test_settings_out_of_range(tiny):
 
 def test_drafts_can_be_exchanged(tiny):
     from edge_shiftkv.speculative.loop import Drafting
-    from edge_shiftkv.speculative.draft import DraftOptions
+    from edge_shiftkv.speculative.options import DraftOptions
 
     with Runtime(tiny.text, n_threads=1) as runtime:
         alone = runtime.generate(PROMPT, max_tokens=N)

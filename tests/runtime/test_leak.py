@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from edge_shiftkv import PromptError, Runtime
-from edge_shiftkv.speculative.draft import DraftOptions
+from edge_shiftkv.speculative.options import DraftOptions
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 PROMPT = "What is on the picture? " * 3

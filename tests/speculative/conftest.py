@@ -17,6 +17,7 @@ from edge_shiftkv.native.llama import Model
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative import draft
 from edge_shiftkv.speculative.length import DraftLength, Plan
+from edge_shiftkv.speculative.records import Judged
 
 TIE = 1e-3  # logits; passes over one token and over several differ by rounding
 
@@ -108,9 +109,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture
-def judged_only(monkeypatch: pytest.MonkeyPatch) -> list[draft.Judged]:
+def judged_only(monkeypatch: pytest.MonkeyPatch) -> list[Judged]:
     """What drafts are judged to be worth every 12 tokens, while none is used."""
-    found: list[draft.Judged] = []
+    found: list[Judged] = []
     rounds = itertools.count(1)
     monkeypatch.setattr(DraftLength, "plan", lambda *_, **__: Plan(0, judge=next(rounds) % 12 == 0))
     monkeypatch.setattr(DraftLength, "judged", lambda _, judged: found.append(judged))

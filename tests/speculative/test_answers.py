@@ -11,7 +11,7 @@ from support.gguf_random import Spec, write_model
 
 from edge_shiftkv import ModelError, Runtime, SettingError, ShiftKVError
 from edge_shiftkv.cli import main
-from edge_shiftkv.speculative.draft import DraftOptions
+from edge_shiftkv.speculative.options import DraftOptions
 
 PROMPT = "the quick brown fox jumps over the lazy dog. " * 2
 SAMPLED = (
@@ -219,7 +219,7 @@ def test_a_stream_closed_in_the_middle_of_a_block(drafted, plain):
     "where",
     [
         "edge_shiftkv.speculative.draft.Draft.propose",
-        "edge_shiftkv.speculative.draft._Cache.extend",
+        "edge_shiftkv.speculative.prefix_cache.PrefixCache.extend",
         "edge_shiftkv.speculative.loop.verify",
         "edge_shiftkv.native.llama.Context.remove",
     ],
@@ -248,11 +248,11 @@ def test_requests_one_after_the_other(drafted, plain):
 
 
 def test_a_prompt_that_goes_on_is_not_read_again(drafted, monkeypatch):
-    from edge_shiftkv.speculative import draft
+    from edge_shiftkv.speculative.prefix_cache import PrefixCache
 
     read = []
-    hold = draft._Cache.hold
-    monkeypatch.setattr(draft._Cache, "hold", lambda *arguments: read.append(hold(*arguments)) or read[-1])
+    hold = PrefixCache.hold
+    monkeypatch.setattr(PrefixCache, "hold", lambda *arguments: read.append(hold(*arguments)) or read[-1])
     drafted.generate(PROMPT * 4, raw=True, max_tokens=8)
     first, *others = read
     assert first > 4 * len(PROMPT.split())

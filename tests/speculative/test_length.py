@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from edge_shiftkv.speculative.draft import Drafted, Judged
 from edge_shiftkv.speculative.length import MOST, DraftLength
-from edge_shiftkv.speculative.verify import Proposal
+from edge_shiftkv.speculative.records import Drafted, Judged, Proposal
 
 
 @dataclass

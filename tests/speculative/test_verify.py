@@ -9,7 +9,9 @@ import pytest
 import scipy.stats
 
 from edge_shiftkv.sampling import Choices, Noise, Sampler, Sampling
-from edge_shiftkv.speculative.verify import Proposal, rule_for, verify
+from edge_shiftkv.speculative.records import Proposal
+from edge_shiftkv.speculative.rules import Coupled, Greedy, rule_for
+from edge_shiftkv.speculative.verify import verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from spec_rules import (
@@ -63,7 +65,7 @@ def test_coupled_accepts_as_often_as_the_theorem_says():
             accepted += picks[0] == picks[1]
         assert accepted / 2000 > (1 - variation) / (1 + variation) - 0.03, name
         assert (accepted == 2000) == (name == "same")
-    assert rule_for(sampling.temperature, None) == "coupled"
+    assert isinstance(rule_for(sampling.temperature, None), Coupled)
 
 
 def test_the_chi_square_catches_wrong_rules():
@@ -98,12 +100,12 @@ def test_tokentiming_is_biased_and_by_how_much():
 
 def test_greedy_takes_the_most_likely_tokens():
     sampling = Sampling()
-    assert rule_for(sampling.temperature, "tokentiming") == "greedy"
+    assert isinstance(rule_for(sampling.temperature, "tokentiming"), Greedy)
     expected = []
     for _ in range(N_TOKENS):
         expected.append(int(np.argmax(TARGET(expected))))
     for draft in (None, *DRAFTS.values()):
-        text, rounds, _, accepted = answer(sampling, "greedy", draft, 2)
+        text, rounds, _, accepted = answer(sampling, None, draft, 2)
         assert list(text) == expected
         assert rounds + accepted == N_TOKENS
 
@@ -111,8 +113,8 @@ def test_greedy_takes_the_most_likely_tokens():
 def test_nothing_is_drawn_after_the_end():
     sampler = Sampler(MODEL, Sampling())
     outputs = SimpleNamespace(logits=lambda output: np.array([0, 1, 0, 0], np.float32))
-    assert verify(outputs, sampler, Proposal([1, 1, 1]), "greedy", lambda token: token == 1) == [1]
-    assert verify(outputs, sampler, Proposal([1, 1, 1]), "greedy", lambda token: False) == [1, 1, 1, 1]
-    assert verify(outputs, sampler, Proposal([1, 2, 1]), "greedy", lambda token: False) == [1, 1]
-    assert verify(outputs, sampler, Proposal(), "greedy", lambda token: False) == [1]
+    assert verify(outputs, sampler, Proposal([1, 1, 1]), Greedy(), lambda token: token == 1) == [1]
+    assert verify(outputs, sampler, Proposal([1, 1, 1]), Greedy(), lambda token: False) == [1, 1, 1, 1]
+    assert verify(outputs, sampler, Proposal([1, 2, 1]), Greedy(), lambda token: False) == [1, 1]
+    assert verify(outputs, sampler, Proposal(), Greedy(), lambda token: False) == [1]
     assert sampler.n_drawn == 8

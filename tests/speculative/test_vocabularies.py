@@ -6,7 +6,9 @@ import pytest
 from support.speakers import SENTENCES, TEXT, VOCABULARIES, write_speaker
 
 from edge_shiftkv import Runtime
-from edge_shiftkv.speculative.draft import Draft, DraftOptions
+from edge_shiftkv.speculative.draft import Draft
+from edge_shiftkv.speculative.options import DraftOptions
+from edge_shiftkv.speculative.prefix_cache import PrefixCache
 
 N_TOKENS = 10
 PROMPTS = [sentence[: sentence.index(" ", len(sentence) // 3) + 1] or sentence for sentence in SENTENCES[:4]]
@@ -80,17 +82,15 @@ def test_a_seed_gives_one_answer_with_drafts_of_any_vocabulary(target, speakers,
 @pytest.mark.parametrize(("target", "draft"), [*permutations(("llama-spm", "qwen2", "falcon"), 2)])
 def test_a_draft_of_another_vocabulary_keeps_its_tokens(target, draft, speakers, share_models, monkeypatch):
     """What it has read and what was accepted is not read again, and stands for the answer's text."""
-    from edge_shiftkv.speculative import draft as module
-
     holds, read = [], []
-    hold = module._Cache.hold
+    hold = PrefixCache.hold
 
     def spy(cache, tokens, *n_outputs):
         holds.append(list(tokens))
         read.append(hold(cache, tokens, *n_outputs))
         return read[-1]
 
-    monkeypatch.setattr(module._Cache, "hold", spy)
+    monkeypatch.setattr(PrefixCache, "hold", spy)
     with Runtime(
         speakers[target], n_threads=1, n_ctx=512, draft=speakers[draft], draft_options=DraftOptions(4)
     ) as runtime:
