@@ -5,33 +5,28 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from edge_shiftkv import openai
+from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
 from edge_shiftkv.engine.engine import Engine, KeptContext, Progress
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
-from edge_shiftkv.engine.slot import Decoder, Slot
-from edge_shiftkv.errors import ClosedError, ContextOverflowError, PromptError, SettingError
-from edge_shiftkv.native import shiftkv
+from edge_shiftkv.errors import PromptError, SettingError
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message, parse_messages
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.request import Options, Request
-from edge_shiftkv.results import Completion, Figures, FinishReason
-from edge_shiftkv.sampling import Sampler
-from edge_shiftkv.selection.methods import DEFAULT_METHOD, Method, method
-from edge_shiftkv.selection.results import Selection
+from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
+from edge_shiftkv.results import Completion
+from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.speculative.loop import Drafting
 from edge_shiftkv.speculative.options import DraftOptions
-from edge_shiftkv.stream import Stream, Turn
-from edge_shiftkv.text import TextAssembler
+from edge_shiftkv.stream import Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -49,7 +44,8 @@ class Runtime:
 
     model: path of a GGUF file.
     mmproj: path of the GGUF file with its vision encoder and projector.
-    kv_budget: KV pairs kept of a prompt per layer and KV head, at least 2; None keeps all. Can be set later.
+    kv_budget: KV pairs kept of a prompt per layer and KV head, at least 2; or the share of the prompt, between 0 and 1;
+        None keeps all. Can be set later.
     kv_method: how they are selected: a configuration, the name of one in `METHODS`, or a `ScoringMethod` of your own;
         None is "mixed". Can be set later.
     n_ctx: the most tokens of prompt and answer together; None takes what the model was trained with.
@@ -58,8 +54,7 @@ class Runtime:
     n_threads: CPU threads; None takes all this process may use.
     allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses.
     draft: path of the GGUF file of a model that drafts for this one, with any vocabulary (speculative decoding).
-    draft_options: how it is used. The attribute `drafting` has both; set to None or to another `Drafting` of the same
-        engine, which its maker closes, it changes what later requests are drafted with.
+    draft_options: how it is used.
     progress: is told what goes on ("model", "mmproj" and "draft" while they are loaded, "prompt" while one is read),
         how much of it is done, and of how much: bytes, or tokens.
 
@@ -72,7 +67,7 @@ class Runtime:
         model: str | os.PathLike[str],
         mmproj: str | os.PathLike[str] | None = None,
         *,
-        kv_budget: int | None = None,
+        kv_budget: Budget = None,
         kv_method: Method | ScoringMethod | str | None = None,
         n_ctx: int | None = None,
         type_k: str = "f16",
@@ -90,9 +85,6 @@ class Runtime:
             raise SettingError(f"n_ctx is {n_ctx}: it has to be >= 1, or None for the model's own")
         self._path = Path(model)
         self._allow_http = allow_http
-        self._progress = progress
-        self._turn = Turn()
-        self._active: weakref.ref[Stream] | None = None
         with ExitStack() as resources:
             engine = self.engine = resources.enter_context(
                 Engine(
@@ -104,26 +96,39 @@ class Runtime:
                     progress=progress,
                 )
             )
-            self.drafting: Drafting | None = None
+            drafting: Drafting | None = None
             if draft is not None:
-                self.drafting = Drafting(Path(draft), engine, draft_options, progress)
-                resources.callback(self.drafting.close)
+                drafting = Drafting(Path(draft), engine, draft_options, progress)
+                resources.callback(drafting.close)
+            self._requests = Requests(engine, n_ctx or engine.model.n_ctx_train, drafting, progress)
             self._kept = KeptContext(engine)
             resources.callback(self._kept.close)
+            self._prefilled: Prefilled | None = None
             # Also when it is dropped without close(), and at the interpreter's exit.
             self._free = weakref.finalize(self, resources.pop_all().close)
-        self.n_ctx = n_ctx or engine.model.n_ctx_train
 
     @property
-    def kv_budget(self) -> int | None:
-        """KV pairs kept of a prompt per layer and KV head; None keeps all."""
+    def n_ctx(self) -> int:
+        """The most tokens of prompt and answer together."""
+        return self._requests.n_ctx
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """What drafts, if anything. Another one of the same engine may be set, which its maker closes; or None."""
+        return self._requests.drafting
+
+    @drafting.setter
+    def drafting(self, drafting: Drafting | None) -> None:
+        self._requests.drafting = drafting
+
+    @property
+    def kv_budget(self) -> Budget:
+        """KV pairs kept of a prompt per layer and KV head, or the share of it below 1; None keeps all."""
         return self._kv_budget
 
     @kv_budget.setter
-    def kv_budget(self, budget: int | None) -> None:
-        if budget is not None and budget < 2:
-            raise SettingError(f"kv_budget is {budget}: it has to be >= 2, or None to keep all")
-        self._kv_budget = budget
+    def kv_budget(self, budget: Budget) -> None:
+        self._kv_budget = check_budget(budget)
 
     @property
     def kv_method(self) -> Method | ScoringMethod:
@@ -132,7 +137,7 @@ class Runtime:
 
     @kv_method.setter
     def kv_method(self, value: Method | ScoringMethod | str | None) -> None:
-        self._kv_method = method(value) if isinstance(value, str) else value or method(DEFAULT_METHOD)
+        self._kv_method = method_of(value)
 
     def cancel(self) -> None:
         """End the request that is being answered, from any thread: there it raises CancelledError, within moments.
@@ -147,9 +152,7 @@ class Runtime:
 
         A request that another thread waits for is cancelled, and waited for.
         """
-        with self._turn.taken(wait=self.cancel):
-            self._end_active()
-            self._free()
+        self._requests.close(self._free)
 
     def __reduce__(self) -> Any:
         raise TypeError("a runtime cannot be pickled: make one in the process that uses it")
@@ -221,142 +224,29 @@ class Runtime:
         return openai.completion(answer.completion, model=str(self._path))
 
     def _stream(self, conversation: Conversation, options: Options) -> Stream:
-        request = Request.of(**options)
-        interrupt = self.engine.interrupt
-        with self._turn.taken():
-            if not self._free.alive:
-                raise ClosedError("the runtime is closed")
-            request.sampling.check(self.engine.model.n_vocab)
-            self._end_active()
-            interrupt.begin(request.time_limit)
-            prompt = self.engine.prompt(conversation)
-            if prompt.n_tokens >= self.n_ctx:
-                prompt.close()
-                raise ContextOverflowError(
-                    f"the prompt has {prompt.n_tokens} tokens ({prompt.n_image_tokens} of them visual) and leaves no "
-                    f"room for an answer: n_ctx is {self.n_ctx}; shorten the prompt or raise n_ctx",
-                    *(prompt.n_tokens, self.n_ctx),
-                )
-            stream = Stream(self._answer(prompt, conversation, request), self._turn, interrupt.cancel)
-            self._active = weakref.ref(stream)
-        return stream
+        settings: dict[str, Any] = {"kv_budget": self.kv_budget, "kv_method": self.kv_method, **options}
+        request = Request.of(**settings)
+        return self._requests.stream(conversation, request, self._read)
 
-    def _end_active(self) -> None:
-        active = self._active() if self._active else None
-        if active:
-            active.supersede()
-        self._active = None
-
-    def _answer(self, prompt: Prompt, conversation: Conversation, request: Request) -> Generator[str, None, Completion]:
-        model = self.engine.model
-        room = self.n_ctx - prompt.n_tokens
-        if request.max_tokens is not None:
-            room = min(room, request.max_tokens)
-        with closing(prompt), closing(Sampler(model, request.sampling)) as sampler, ExitStack() as ends:
-            drafting = self.drafting
-            begun = self._begin(prompt, sampler, room, drafting.n_pass if drafting else 1)
-            prompt.close()  # its pictures are not needed any more
-            decoder: Decoder
-            if drafting:
-                ends.callback(drafting.end)
-                decoder = drafting.decoder(
-                    begun.context, sampler, begun.position, conversation=conversation, prompt=prompt, room=room
-                )
-            else:
-                decoder = Slot(begun.context, sampler, begun.position)
-            assembler = TextAssembler(request.stop)
-            token, n_tokens, pieces = begun.token, 0, []
-            finish_reason: FinishReason = "stop"
-            while not model.ends_generation(token):
-                n_tokens += 1
-                if text := assembler.push(model.piece(token)):
-                    pieces.append(text)
-                    yield text
-                if assembler.stopped:
-                    break
-                if n_tokens == room:
-                    finish_reason = "length"
-                    break
-                token = decoder.advance(token)
-            if text := assembler.finish():
-                pieces.append(text)
-                yield text
-        figures = replace(
-            begun.figures,
-            generated_tokens=n_tokens,
-            decode_s=decoder.seconds,
-            tokens_per_second=decoder.steps / decoder.seconds if decoder.steps else None,
-            draft=decoder.figures,
-        )
-        return Completion("".join(pieces), finish_reason, figures, begun.selection)
-
-    def _begin(self, prompt: Prompt, sampler: Sampler, room: int, n_pass: int) -> _Begun:
-        """Read the prompt, draw the first token, and cut the KV cache where it is over the budget.
-
-        n_pass: tokens that are decoded at once after it.
-        """
+    def _read(self, prompt: Prompt, beginning: Beginning) -> Begun:
+        """Read the prompt, draw the first token, and cut the KV cache where it is over the budget."""
         started = time.perf_counter()
-        budget = self.kv_budget
-        if budget is None or budget >= prompt.n_tokens:
-            context = self._kept.get(prompt.n_tokens + room, self.engine.batch(prompt), n_pass)
-            prefilled = self._read(prompt, context)
-            token = sampler.sample(context)
-            figures = _figures(prompt, prefilled, time.perf_counter() - started)
-            if self.engine.model.has_kv_cache:
-                kv_bytes = shiftkv.cache_size(context) * prompt.n_tokens // context.n_ctx
-                figures = replace(figures, kv_bytes_prompt=kv_bytes, kv_bytes_kept=kv_bytes)
-            return _Begun(context, prefilled.position, token, figures, None)
-        kv_method = self.kv_method
-        with closing(self.engine.context(prompt.n_tokens, self.engine.batch(prompt))) as large:
-            prefilled = self._read(prompt, large, kv_method.n_query)
-            token = sampler.sample(large)
-            figures = _figures(prompt, prefilled, time.perf_counter() - started)
-            started = time.perf_counter()
-            selection = prefilled.select(kv_method, budget)
-            # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
-            n_ctx = max(budget, min(self.engine.model.window, prompt.n_tokens)) + room
-            context = self._kept.get(n_ctx, n_pass, n_pass)
-            position = prefilled.hand_over(context)
-            info = shiftkv.info(large)
-        figures = replace(
-            figures,
-            kept_tokens=info.n_kept,
-            kv_bytes_prompt=info.kv_bytes_prompt,
-            kv_bytes_kept=info.kv_bytes_kept,
-            selection_s=time.perf_counter() - started,
-        )
-        return _Begun(context, position, token, figures, selection)
+        request, n_batch = beginning.request, self.engine.batch(prompt)
+        budget = budget_for(request.kv_budget, prompt.n_tokens)
+        if budget is None:
+            context = self._kept.get(prompt.n_tokens + beginning.room, n_batch, beginning.n_pass)
+            if self._prefilled is None or self._prefilled.context is not context:
+                context.clear()
+                self._prefilled = Prefilled(context, self.engine.projector)
+            self._prefilled.read(prompt, self._requests.report)
+            return begin(prompt, self._prefilled, beginning, started)
 
-    def _read(self, prompt: Prompt, context: Context, n_query: int = 0) -> Prefilled:
-        progress = self._progress
-        report = (lambda done, total: progress("prompt", done, total)) if progress else None
-        return self.engine.read(prompt, context, n_query=n_query, report=report)
+        def small(n_ctx: int) -> Context:
+            context = self._kept.get(n_ctx, beginning.n_pass, beginning.n_pass)
+            context.clear()
+            self._prefilled = None
+            return context
 
-
-def _figures(prompt: Prompt, prefilled: Prefilled, prefill_s: float) -> Figures:
-    """The figures of an answer that is not begun, with nothing cut."""
-    return Figures(
-        prompt_tokens=prompt.n_tokens,
-        text_tokens=prompt.n_tokens - prompt.n_image_tokens,
-        image_tokens=prompt.n_image_tokens,
-        kept_tokens=prompt.n_tokens,
-        generated_tokens=0,
-        kv_bytes_prompt=None,
-        kv_bytes_kept=None,
-        image_encode_s=prefilled.image_encode_s,
-        prefill_s=prefill_s,
-        selection_s=0.0,
-        decode_s=0.0,
-        tokens_per_second=None,
-    )
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """An answer whose first token is drawn: it goes on in `context` at `position`."""
-
-    context: Context
-    position: int
-    token: int
-    figures: Figures
-    selection: Selection | None
+        with closing(self.engine.context(prompt.n_tokens, n_batch)) as large:
+            prefilled = self.engine.read(prompt, large, n_query=request.kv_method.n_query, report=self._requests.report)
+            return cut(begin(prompt, prefilled, beginning, started), budget, beginning, small)

@@ -27,7 +27,7 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from edge_shiftkv import Completion, Runtime, runtime
+from edge_shiftkv import Completion, Runtime, answering
 from edge_shiftkv.native.llama import usable_cpus
 from edge_shiftkv.sampling import Floats, Outputs, Sampler
 from edge_shiftkv.speculative.draft import Draft
@@ -226,7 +226,7 @@ def exact(arguments: argparse.Namespace, results: Results) -> None:
             recorded.append((token, float(first - second)))
             return token
 
-    runtime.Sampler = Recorder  # type: ignore[attr-defined]
+    answering.Sampler = Recorder  # type: ignore[attr-defined]
     bench = Bench(arguments)
     for row, rule in itertools.product(prompts(arguments.prompts), arguments.rules):
         options: dict[str, Any] = {} if rule == "greedy" else SAMPLED

@@ -144,13 +144,15 @@ class KeptContext:
         self._n_outputs = 0
 
     def get(self, n_ctx: int, n_batch: int, n_outputs: int = 1) -> Context:
-        """Return an empty context of at least `n_ctx` tokens; see `Engine.context`. Raises ShiftKVError."""
+        """Return a context of at least `n_ctx` tokens, which holds what it held; see `Engine.context`.
+
+        Raises ShiftKVError.
+        """
         context = self._context
         if context is None or not self._fits(context, n_ctx, n_batch, n_outputs):
             self.close()
             context = self._context = self._engine.context(n_ctx, n_batch, n_outputs=n_outputs)
             self._n_outputs = n_outputs
-        context.clear()
         return context
 
     def close(self) -> None:

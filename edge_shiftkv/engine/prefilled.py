@@ -9,11 +9,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from edge_shiftkv.errors import ShiftKVError
+from edge_shiftkv.errors import PromptError, ShiftKVError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import ImageChunk, Projector, TextChunk
-from edge_shiftkv.prompts.prompt import Prompt
+from edge_shiftkv.prompts.prompt import Item, Prompt
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.selection.results import ImageSpan, Selection
 
@@ -92,72 +92,166 @@ class Captured:
 
 
 class Prefilled:
-    """A prompt, and perhaps more tokens, in a context that was empty and has the logits after the last one.
+    """What was read into a context, which has the logits after the last token.
 
-    The context is the caller's. Ctrl-C and `Interrupt.cancel` end what these methods do.
+    A prompt that begins like the one before goes on from there: only what differs is read. The context is the
+    caller's. Ctrl-C and `Interrupt.cancel` end what these methods do; the context then holds what was read before.
 
     context: holds the KV pairs.
     n_tokens: tokens that were read.
+    n_read: those of them that the last `read` had to read.
     position: the position after them; with M-RoPE less than n_tokens.
     image_spans: where visual tokens are.
-    image_encode_s: seconds the vision encoder took.
+    image_encode_s: seconds the vision encoder took in the last `read`.
     """
 
-    def __init__(self, context: Context, projector: Projector | None = None, *, n_query: int = 0) -> None:
-        """Begin to read.
+    def __init__(
+        self, context: Context, projector: Projector | None = None, *, n_query: int = 0, n_spare: int = 0
+    ) -> None:
+        """Begin in an empty context.
 
         n_query: queries of each layer to capture, 1 to 512, which `select` needs; 0 captures nothing.
+        n_spare: others to capture, so that those before may still be there after one went back so many tokens.
 
         Raises ShiftKVError for a model whose KV pairs cannot be selected.
         """
         self.context = context
-        self.n_tokens = 0
-        self.position = 0
+        self.n_tokens = self.n_read = self.position = 0
         self.image_spans: list[ImageSpan] = []
         self.image_encode_s = 0.0
         self._projector = projector
+        self._n_query = n_query
+        self._items: list[Item] = []
+        self._after: list[tuple[int, int]] = []  # tokens and position after each item
+        self._batches: dict[int, int] = {}  # first item -> the one after the last, of what was decoded at once
+        self._n_fixed = 0  # items that cannot be gone back behind
+        self._n_captured = min(n_query + n_spare, shiftkv.MAX_QUERY)
+        self._first_captured = 0  # tokens before it have lost their queries
         if n_query:
-            shiftkv.capture(context, n_query)
+            shiftkv.capture(context, self._n_captured)
 
-    def read(self, prompt: Prompt, report: Callable[[int, int], None] | None = None) -> None:
-        """Read a whole prompt, the first thing to be read.
+    def read(
+        self, prompt: Prompt, report: Callable[[int, int], None] | None = None, *, whole_batches: bool = True
+    ) -> None:
+        """Hold just this prompt.
 
         report: is told how many tokens of how many are read, after each batch and each picture.
+        whole_batches: take over only what was read in the batches that it would be read in now, so that all is as if
+            nothing had been there: llama.cpp's arithmetic changes with the tokens in a batch. Else every common token.
 
-        Raises ImageError, ShiftKVError and CancelledError; the context is then to be cleared.
+        Raises ImageError, ShiftKVError, CancelledError; PromptError where what was cut is not how this one begins.
         """
+        n = self._n_same_batches(prompt) if whole_batches else self.n_common(prompt)
+        n = self._go_back(self._with_window(n, prompt.n_tokens))
         self.image_spans = prompt.image_spans
+        self.image_encode_s = 0.0
+        start = self.n_tokens
+        items = 0
         for i, chunk in enumerate(prompt.chunks):
+            size = len(chunk.tokens) if isinstance(chunk, TextChunk) else 1
+            skip, items = max(0, n - items), items + size
+            if skip >= size:
+                continue
             if isinstance(chunk, TextChunk):
-                for _ in self._read_batches(chunk.tokens, logits=i + 1 == len(prompt.chunks)):
-                    if report:
-                        report(self.n_tokens, prompt.n_tokens)
+                batches = self._read_batches(chunk.tokens[skip:], logits=i + 1 == len(prompt.chunks))
             else:
-                self._read_image(chunk)
+                batches = self._read_image(chunk, prompt.items[items - 1])
+            for _ in batches:
                 if report:
                     report(self.n_tokens, prompt.n_tokens)
+        self.n_read = self.n_tokens - start
+
+    def n_common(self, prompt: Prompt) -> int:
+        """How many of a prompt's items are held and need not be read; its last token is read in any case."""
+        n = 0
+        for held, item in zip(self._items, prompt.items[:-1], strict=False):
+            if held != item:
+                break
+            n += 1
+        return n
+
+    def _n_same_batches(self, prompt: Prompt) -> int:
+        """The items of a prompt that are held and were read in batches as they would be now."""
+        n, n_common, start = 0, self.n_common(prompt), 0
+        for chunk in prompt.chunks:
+            size = len(chunk.tokens) if isinstance(chunk, TextChunk) else 1
+            for first in range(start, start + size, self.context.n_batch):
+                stop = min(first + self.context.n_batch, start + size)
+                if stop > n_common or self._batches.get(first) != stop:
+                    return n
+                n = stop
+            start += size
+        return n
+
+    def can_read(self, prompt: Prompt) -> bool:
+        """Whether the prompt begins like what cannot be read again, as it was cut."""
+        return self.n_common(prompt) >= self._n_fixed
 
     def read_tokens(self, tokens: Sequence[int]) -> None:
-        """Read tokens of text, with logits after the last one. Raises ShiftKVError and CancelledError."""
+        """Read tokens of text after what is held, with logits after the last one.
+
+        Raises ShiftKVError, and CancelledError.
+        """
         for _ in self._read_batches(tokens, logits=True):
             pass
 
-    def _read_batches(self, tokens: Sequence[int], *, logits: bool) -> Iterator[None]:
-        n, n_batch = len(tokens), self.context.n_batch
-        for start in range(0, n, n_batch):
-            stop = min(start + n_batch, n)
-            self.context.decode(tokens[start:stop], self.position, logits=logits and stop == n)
-            self.position += stop - start
-            self.n_tokens += stop - start
-            yield
+    def wrote(self, tokens: Sequence[int]) -> None:
+        """Note tokens that were decoded in the context after what is held."""
+        for token in tokens:
+            self._hold(token, 1, self.position + 1)
 
-    def _read_image(self, chunk: ImageChunk) -> None:
+    def _hold(self, item: Item, n_tokens: int, position: int) -> None:
+        self.n_tokens += n_tokens
+        self.position = position
+        self._first_captured = max(self._first_captured, self.n_tokens - self._n_captured)
+        self._items.append(item)
+        self._after.append((self.n_tokens, self.position))
+
+    def _go_back(self, n: int) -> int:
+        """Hold the first n items, or less of them if there is no other way; return how many."""
+        if n < self._n_fixed:
+            raise PromptError("the prompt does not begin like the one that was cut, which cannot be read again")
+        position = self._after[n - 1][1] if n else 0
+        if n < len(self._items) and n and not self.context.goes_back_to(position):
+            n = position = 0
+        if n == 0:
+            self._first_captured = 0
+            self.context.clear()
+        elif n <= len(self._items):
+            self.context.remove(position)
+        del self._items[n:], self._after[n:]
+        self._batches = {first: stop for first, stop in self._batches.items() if stop <= n}
+        self.n_tokens, self.position = self._after[-1] if n else (0, 0)
+        return n
+
+    def _with_window(self, n: int, n_tokens: int) -> int:
+        """Less than n items, where queries that a selection from `n_tokens` tokens looks at are no longer there."""
+        first = n_tokens - self._n_query
+        if not self._n_query or first >= self._first_captured:
+            return n
+        while n and self._after[n - 1][0] > max(0, first):
+            n -= 1
+        return n if n >= self._n_fixed else self._n_fixed
+
+    def _read_image(self, chunk: ImageChunk, item: Item) -> Iterator[None]:
         assert self._projector
         started = time.perf_counter()
         self._projector.encode(chunk)
         self.image_encode_s += time.perf_counter() - started
-        self.position = self._projector.decode(self.context, chunk, self.position)
-        self.n_tokens += chunk.n_tokens
+        position = self._projector.decode(self.context, chunk, self.position)
+        self._batches[len(self._items)] = len(self._items) + 1
+        self._hold(item, chunk.n_tokens, position)
+        yield
+
+    def _read_batches(self, tokens: Sequence[int], *, logits: bool) -> Iterator[None]:
+        n, n_batch = len(tokens), self.context.n_batch
+        for start in range(0, n, n_batch):
+            batch = tokens[start : start + n_batch]
+            self.context.decode(batch, self.position, logits=logits and start + n_batch >= n)
+            first = len(self._items)
+            self.wrote(batch)
+            self._batches[first] = len(self._items)
+            yield
 
     def select(self, method: Method | ScoringMethod, budget: int, *, n_prompt: int = 0) -> Selection:
         """Choose `budget` KV pairs per layer and KV head to keep of all that was read; the cache stays as it is.
@@ -194,3 +288,15 @@ class Prefilled:
             context.interrupt.check()
             raise
         return self.position if shiftkv.info(self.context).n_prompt == self.n_tokens else after
+
+    def handed_over(self, context: Context) -> Prefilled:
+        """`hand_over`, and what is held there: the same, but that it cannot go back behind what was cut.
+
+        Raises ShiftKVError, and CancelledError.
+        """
+        self.hand_over(context)
+        other = Prefilled(context, self._projector)
+        other._items, other._after = self._items.copy(), self._after.copy()
+        other.n_tokens, other.position, other.image_spans = self.n_tokens, self.position, self.image_spans
+        other._n_fixed = len(self._items)
+        return other

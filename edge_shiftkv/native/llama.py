@@ -237,6 +237,35 @@ class Context(Handle):
         if not llama.llama_memory_seq_rm(llama.llama_get_memory(self.pointer), 0, position, -1):
             raise ShiftKVError("this model's memory does not take tokens back")
 
+    def goes_back_to(self, position: int) -> bool:
+        """Whether `remove(position)` leaves all that decoding from there on needs.
+
+        A memory of states cannot go back, and sliding windows forget what tokens before the last ones saw.
+        """
+        if not self.model.has_kv_cache:
+            return False
+        first = int(llama.llama_memory_seq_pos_min(llama.llama_get_memory(self.pointer), 0))
+        return not self.model.window or first <= max(0, position - self.model.window)
+
+    def state(self) -> bytes:
+        """What the KV cache holds, for `load_state`. Raises ShiftKVError."""
+        size = llama.llama_state_seq_get_size(self.pointer, 0)
+        data = (ctypes.c_uint8 * size)()
+        with native_call() as errors:
+            n = llama.llama_state_seq_get_data(self.pointer, data, size, 0)
+        if not n:
+            raise ShiftKVError(f"the KV cache could not be read{logs.explain(errors)}")
+        return bytes(memoryview(data)[:n])
+
+    def load_state(self, state: bytes) -> None:
+        """Hold what another context of the same model and KV types did. Raises ShiftKVError for what is no state."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        with native_call() as errors:
+            n = llama.llama_state_seq_set_data(self.pointer, data, len(state), 0)
+        if n != len(state):
+            self.clear()
+            raise ShiftKVError(f"the KV cache could not be loaded{logs.explain(errors)}")
+
     def decode(self, tokens: Sequence[int], position: int, *, logits: int = 1) -> None:
         """Decode up to `n_batch` tokens from `position` on, with logits after each of the last `logits` tokens.
 

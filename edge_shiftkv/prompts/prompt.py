@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from PIL import Image
@@ -12,12 +13,22 @@ from edge_shiftkv.native.mtmd import Chunks, ImageChunk, Projector, Text, TextCh
 from edge_shiftkv.prompts.chat import Part
 from edge_shiftkv.selection.results import ImageSpan, guess_grid
 
+Item = int | str
+"""A token of text, or what identifies consecutive visual tokens."""
+
+
+def image_hash(image: Image.Image) -> str:
+    """The sha256 of a picture's pixels and shape."""
+    return hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
+
 
 class Prompt:
     """A prompt's tokens in chunks of text and of pictures. Owns the preprocessed pictures until `close`.
 
     n_tokens, n_image_tokens: the number of all tokens, and of visual ones.
     image_spans: where the visual ones are.
+    items: one for each token of text, which is the token, and for each chunk of a picture, which is a sha256 of what it
+        was made from and its place in the picture: prompts with the same first items begin the same.
     """
 
     def __init__(self, parts: Sequence[Part], model: Model, projector: Projector | None) -> None:
@@ -33,12 +44,18 @@ class Prompt:
             self._native = projector.tokenize(parts)
             self.chunks = self._native.items
         self.image_spans: list[ImageSpan] = []
+        self.items: list[Item] = []
         self.n_tokens = 0
+        hashes = [image_hash(image) for image in images]
         for chunk in self.chunks:
             start = self.n_tokens
             self.n_tokens += _n_tokens(chunk)
-            if isinstance(chunk, ImageChunk):
+            if isinstance(chunk, TextChunk):
+                self.items += chunk.tokens
+            else:
                 image = images[chunk.image]
+                tile = sum(span.image == chunk.image for span in self.image_spans)
+                self.items.append(f"{hashes[chunk.image]}/{tile}")
                 grid = (chunk.nx, chunk.ny) if chunk.ny > 1 else guess_grid(chunk.n_tokens, *image.size)
                 self.image_spans.append(ImageSpan(chunk.image, start, self.n_tokens, *grid))
         self.n_image_tokens = sum(span.stop - span.start for span in self.image_spans)

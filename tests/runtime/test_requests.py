@@ -135,7 +135,7 @@ def test_a_cut_answer_goes_on_at_the_prompts_next_position(tiny, monkeypatch):
             positions.append(self.position)
             return super().advance(token)
 
-    monkeypatch.setattr("edge_shiftkv.runtime.Slot", SpySlot)
+    monkeypatch.setattr("edge_shiftkv.answering.Slot", SpySlot)
     with Runtime(tiny.qwen_text, tiny.qwen_mmproj, n_threads=1, kv_budget=20) as runtime:
         figures = runtime.generate(PROMPT, [tiny.picture], max_tokens=4).figures
     # A picture of 5 x 3 tokens takes 5 positions with M-RoPE.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.gguf_random import Spec, write_model
 
-from edge_shiftkv import runtime
+from edge_shiftkv import answering
 from edge_shiftkv.engine import engine
 from edge_shiftkv.native.llama import Model
 from edge_shiftkv.sampling import Sampler
@@ -86,7 +86,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
             answers[-1].gaps.append(float(first - second))
             return token
 
-    monkeypatch.setattr(runtime, "Sampler", Recorder)
+    monkeypatch.setattr(answering, "Sampler", Recorder)
     return answers
 
 
