@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from edge_shiftkv.engine.engine import Engine, Progress
 from edge_shiftkv.engine.prefilled import Prefilled
@@ -15,7 +16,7 @@ from edge_shiftkv.errors import ClosedError, ContextOverflowError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
-from edge_shiftkv.prompts.prompt import Prompt
+from edge_shiftkv.prompts.prompt import Continued, Prompt
 from edge_shiftkv.request import Request
 from edge_shiftkv.results import Completion, Figures, FinishReason
 from edge_shiftkv.sampling import Sampler
@@ -38,7 +39,9 @@ class Begun:
     selection: Selection | None = None
 
 
-Read = Callable[[Prompt, "Beginning"], Begun]
+AnyPrompt = Prompt | Continued
+
+Read = Callable[[Any, "Beginning"], Begun]
 """Reads a prompt and draws the first token of its answer."""
 
 
@@ -77,10 +80,13 @@ class Requests:
         conversation: Conversation,
         request: Request,
         read: Read,
+        *,
+        make_prompt: Callable[[Conversation], AnyPrompt] | None = None,
         wrote: Callable[[Prefilled, str], None] | None = None,
     ) -> Stream:
         """The answer to a conversation.
 
+        make_prompt: makes its tokens; by default the engine does.
         wrote: is told what the context holds after an answer that came to its end, and its text.
 
         Raises what is wrong with the request: PromptError, ContextOverflowError, SettingError, BusyError, ClosedError.
@@ -91,14 +97,10 @@ class Requests:
             request.sampling.check(self.engine.model.n_vocab)
             self._end_active()
             interrupt.begin(request.time_limit)
-            prompt = self.engine.prompt(conversation)
+            prompt = (make_prompt or self.engine.prompt)(conversation)
             if prompt.n_tokens >= self.n_ctx:
                 prompt.close()
-                raise ContextOverflowError(
-                    f"the prompt has {prompt.n_tokens} tokens ({prompt.n_image_tokens} of them visual) and leaves no "
-                    f"room for an answer: n_ctx is {self.n_ctx}; shorten the prompt or raise n_ctx",
-                    *(prompt.n_tokens, self.n_ctx),
-                )
+                raise too_long(prompt.n_tokens, self.n_ctx, prompt.n_image_tokens)
             stream = Stream(self._answer(prompt, conversation, request, read, wrote), self._turn, interrupt.cancel)
             self._active = weakref.ref(stream)
         return stream
@@ -135,7 +137,7 @@ class Requests:
 
     def _answer(
         self,
-        prompt: Prompt,
+        prompt: AnyPrompt,
         conversation: Conversation,
         request: Request,
         read: Read,
@@ -191,14 +193,24 @@ class Requests:
         return Completion(text, finish_reason, figures, begun.selection)
 
 
-def begin(prompt: Prompt, prefilled: Prefilled, beginning: Beginning, started: float) -> Begun:
+def too_long(n_tokens: int, n_ctx: int, n_image_tokens: int = 0) -> ContextOverflowError:
+    """The error for a prompt without room for an answer."""
+    visual = f" ({n_image_tokens} of them visual)" if n_image_tokens else ""
+    return ContextOverflowError(
+        f"the prompt has {n_tokens} tokens{visual} and leaves no room for an answer: n_ctx is {n_ctx}; shorten the "
+        "prompt or raise n_ctx",
+        *(n_tokens, n_ctx),
+    )
+
+
+def begin(prompt: AnyPrompt, prefilled: Prefilled, beginning: Beginning, started: float) -> Begun:
     """Draw the first token after a prompt of which nothing is cut; `started` is when reading it began."""
     token = beginning.sampler.sample(prefilled.context)
     figures = Figures(
         prompt_tokens=prompt.n_tokens,
         text_tokens=prompt.n_tokens - prompt.n_image_tokens,
         image_tokens=prompt.n_image_tokens,
-        kept_tokens=prompt.n_tokens,
+        kept_tokens=prompt.n_tokens - prefilled.n_dropped,
         generated_tokens=0,
         kv_bytes_prompt=None,
         kv_bytes_kept=None,
@@ -210,8 +222,9 @@ def begin(prompt: Prompt, prefilled: Prefilled, beginning: Beginning, started: f
     )
     context = prefilled.context
     if context.model.has_kv_cache:
-        kv_bytes = shiftkv.cache_size(context) * prompt.n_tokens // context.n_ctx
-        figures = replace(figures, kv_bytes_prompt=kv_bytes, kv_bytes_kept=kv_bytes)
+        size = shiftkv.cache_size(context)
+        before, after = (size * n // context.n_ctx for n in (prompt.n_tokens, figures.kept_tokens))
+        figures = replace(figures, kv_bytes_prompt=before, kv_bytes_kept=after)
     return Begun(prefilled, token, figures)
 
 

@@ -36,6 +36,10 @@ class ContextOverflowError(PromptError):
         self.n_ctx = n_ctx
 
 
+class SessionError(ShiftKVError):
+    """A session file that cannot be used: damaged, altered, or of another model."""
+
+
 class BusyError(ShiftKVError):
     """A runtime that another thread is using; it serves one request at a time."""
 

@@ -81,8 +81,8 @@ class Request:
     def of(
         cls,
         *,
-        kv_budget: Budget,
-        kv_method: Method | ScoringMethod | str | None,
+        kv_budget: Budget = None,
+        kv_method: Method | ScoringMethod | str | None = None,
         max_tokens: int | None = 512,
         stop: str | Sequence[str] | None = None,
         time_limit: float | None = None,

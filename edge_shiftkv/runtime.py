@@ -11,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from edge_shiftkv import openai
+from PIL import Image
+
+from edge_shiftkv import openai, session_file
 from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
 from edge_shiftkv.engine.engine import Engine, KeptContext, Progress
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
@@ -24,6 +26,7 @@ from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
 from edge_shiftkv.results import Completion
 from edge_shiftkv.selection.methods import Method
+from edge_shiftkv.session import Session
 from edge_shiftkv.speculative.loop import Drafting
 from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream
@@ -104,6 +107,8 @@ class Runtime:
             self._kept = KeptContext(engine)
             resources.callback(self._kept.close)
             self._prefilled: Prefilled | None = None
+            sessions = self._sessions = weakref.WeakSet[Session]()
+            resources.callback(_close_all, sessions)
             # Also when it is dropped without close(), and at the interpreter's exit.
             self._free = weakref.finalize(self, resources.pop_all().close)
 
@@ -195,6 +200,68 @@ class Runtime:
         text = (prompt,) if prompt else ()
         return self._stream(Conversation([Message("user", (*pictures, *text))], raw), options)
 
+    def session(
+        self,
+        text: str = "",
+        images: Sequence[ImageSource] = (),
+        *,
+        system: str = "",
+        kv_budget: Budget | Literal["runtime"] = "runtime",
+        kv_method: Method | ScoringMethod | str | None = None,
+    ) -> Session:
+        """Read pictures and text once, to ask about them again and again: see `Session`.
+
+        text, images: what the questions are about; in a prompt the pictures come first, then the text.
+        system: a system message.
+        kv_budget, kv_method: what `Session.ask` cuts to, unless it is told otherwise; by default the runtime's.
+
+        Raises what `generate` raises.
+
+        Example::
+
+            with runtime.session(images=["invoice.png"]) as page:
+                print(page.ask("What is the total?").text)
+                print(page.ask("And the date?").text)
+                print(page.reply("Are you sure?").text)
+        """
+        if not text and not images:
+            raise PromptError("a session needs a picture or text to ask about")
+        pictures = [load_image(image, allow_http=self._allow_http) for image in images]
+        content: tuple[str | Image.Image, ...] = (*pictures, text) if text else tuple(pictures)
+        about = [*([Message("system", (system,))] if system else []), Message("user", content)]
+        session = self._new_session(about, kv_budget, kv_method)
+        self._requests.now(session.read)
+        return session
+
+    def load_session(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        kv_budget: Budget | Literal["runtime"] = "runtime",
+        kv_method: Method | ScoringMethod | str | None = None,
+    ) -> Session:
+        """A session that `Session.save` wrote: nothing is read again.
+
+        One that was not cut keeps everything: what a cut would go by is not in the file, and kv_budget has to be None.
+
+        Raises SessionError for a file that is damaged, altered, or of another model, mmproj or KV types.
+        """
+        saved = session_file.read(Path(path), self.engine)
+        session = self._new_session(saved.about, kv_budget if saved.is_cut else None, kv_method)
+        self._requests.now(lambda: session.restore(saved))
+        return session
+
+    def _new_session(
+        self,
+        about: list[Message],
+        kv_budget: Budget | Literal["runtime"],
+        kv_method: Method | ScoringMethod | str | None,
+    ) -> Session:
+        budget = self.kv_budget if kv_budget == "runtime" else check_budget(kv_budget)
+        session = Session(self._requests, about, budget, self.kv_method if kv_method is None else method_of(kv_method))
+        self._sessions.add(session)
+        return session
+
     @overload
     def create_chat_completion(
         self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Unpack[Options]
@@ -250,3 +317,8 @@ class Runtime:
         with closing(self.engine.context(prompt.n_tokens, n_batch)) as large:
             prefilled = self.engine.read(prompt, large, n_query=request.kv_method.n_query, report=self._requests.report)
             return cut(begin(prompt, prefilled, beginning, started), budget, beginning, small)
+
+
+def _close_all(sessions: weakref.WeakSet[Session]) -> None:
+    for session in list(sessions):
+        session.close()

@@ -54,6 +54,7 @@ class Engine:
                 raise SettingError(f"KV type {name!r} is not known: use one of {', '.join(KV_TYPES)}")
         if n_threads is not None and n_threads < 1:
             raise SettingError(f"n_threads is {n_threads}: it has to be >= 1, or None for all")
+        self.path, self.mmproj_path = Path(model), None if mmproj is None else Path(mmproj)
         self.type_k, self.type_v = type_k, type_v
         self.n_gpu_layers = n_gpu_layers
         self.n_threads = n_threads or usable_cpus()
@@ -141,7 +142,6 @@ class KeptContext:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._context: Context | None = None
-        self._n_outputs = 0
 
     def get(self, n_ctx: int, n_batch: int, n_outputs: int = 1) -> Context:
         """Return a context of at least `n_ctx` tokens, which holds what it held; see `Engine.context`.
@@ -152,7 +152,6 @@ class KeptContext:
         if context is None or not self._fits(context, n_ctx, n_batch, n_outputs):
             self.close()
             context = self._context = self._engine.context(n_ctx, n_batch, n_outputs=n_outputs)
-            self._n_outputs = n_outputs
         return context
 
     def close(self) -> None:
@@ -163,6 +162,5 @@ class KeptContext:
 
     def _fits(self, context: Context, n_ctx: int, n_batch: int, n_outputs: int) -> bool:
         # One with larger batches would do, but its buffers are many times those of a context that only decodes.
-        return (
-            context.n_ctx >= n_ctx and context.n_batch == min(n_batch, context.n_ctx) and self._n_outputs == n_outputs
-        )
+        same_batch = context.n_batch == min(n_batch, context.n_ctx)
+        return context.n_ctx >= n_ctx and same_batch and context.n_outputs == min(n_outputs, context.n_batch)

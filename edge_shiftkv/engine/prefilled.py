@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +14,7 @@ from edge_shiftkv.errors import PromptError, ShiftKVError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import ImageChunk, Projector, TextChunk
-from edge_shiftkv.prompts.prompt import Item, Prompt
+from edge_shiftkv.prompts.prompt import Continued, HeldChunk, Item, Prompt
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.selection.results import ImageSpan, Selection
 
@@ -91,6 +92,22 @@ class Captured:
         return shiftkv.hidden(self._context, layer)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a context holds.
+
+    items: as in `Prompt`.
+    after: the number of tokens and the position after each item.
+    image_spans: where visual tokens are.
+    n_dropped: tokens that were cut.
+    """
+
+    items: tuple[Item, ...]
+    after: tuple[tuple[int, int], ...]
+    image_spans: tuple[ImageSpan, ...]
+    n_dropped: int
+
+
 class Prefilled:
     """What was read into a context, which has the logits after the last token.
 
@@ -100,6 +117,7 @@ class Prefilled:
     context: holds the KV pairs.
     n_tokens: tokens that were read.
     n_read: those of them that the last `read` had to read.
+    n_dropped: those of them that were cut.
     position: the position after them; with M-RoPE less than n_tokens.
     image_spans: where visual tokens are.
     image_encode_s: seconds the vision encoder took in the last `read`.
@@ -116,7 +134,7 @@ class Prefilled:
         Raises ShiftKVError for a model whose KV pairs cannot be selected.
         """
         self.context = context
-        self.n_tokens = self.n_read = self.position = 0
+        self.n_tokens = self.n_read = self.n_dropped = self.position = 0
         self.image_spans: list[ImageSpan] = []
         self.image_encode_s = 0.0
         self._projector = projector
@@ -125,43 +143,56 @@ class Prefilled:
         self._after: list[tuple[int, int]] = []  # tokens and position after each item
         self._batches: dict[int, int] = {}  # first item -> the one after the last, of what was decoded at once
         self._n_fixed = 0  # items that cannot be gone back behind
+        self._state: bytes | None = None  # after them, where a window would have forgotten it
         self._n_captured = min(n_query + n_spare, shiftkv.MAX_QUERY)
         self._first_captured = 0  # tokens before it have lost their queries
         if n_query:
             shiftkv.capture(context, self._n_captured)
 
     def read(
-        self, prompt: Prompt, report: Callable[[int, int], None] | None = None, *, whole_batches: bool = True
+        self,
+        prompt: Prompt | Continued,
+        report: Callable[[int, int], None] | None = None,
+        *,
+        whole_batches: bool = True,
+        n_items: int | None = None,
     ) -> None:
         """Hold just this prompt.
 
         report: is told how many tokens of how many are read, after each batch and each picture.
         whole_batches: take over only what was read in the batches that it would be read in now, so that all is as if
             nothing had been there: llama.cpp's arithmetic changes with the tokens in a batch. Else every common token.
+        n_items: read only the first so many of its items, and have no logits then.
 
         Raises ImageError, ShiftKVError, CancelledError; PromptError where what was cut is not how this one begins.
         """
         n = self._n_same_batches(prompt) if whole_batches else self.n_common(prompt)
+        n_items = len(prompt.items) if n_items is None else n_items
+        if n >= n_items:  # a selection is made from where the last token was read
+            n = n_items if n_items == len(self._items) else n_items - 1
         n = self._go_back(self._with_window(n, prompt.n_tokens))
         self.image_spans = prompt.image_spans
         self.image_encode_s = 0.0
         start = self.n_tokens
-        items = 0
-        for i, chunk in enumerate(prompt.chunks):
-            size = len(chunk.tokens) if isinstance(chunk, TextChunk) else 1
-            skip, items = max(0, n - items), items + size
-            if skip >= size:
+        first = 0
+        for chunk in prompt.chunks:
+            stop = min(first + _n_items(chunk), n_items)
+            begin, first = max(first, n), first + _n_items(chunk)
+            if begin >= stop:
                 continue
             if isinstance(chunk, TextChunk):
-                batches = self._read_batches(chunk.tokens[skip:], logits=i + 1 == len(prompt.chunks))
+                tokens = chunk.tokens[begin - first : stop - first or None]
+                batches = self._read_batches(tokens, logits=stop == len(prompt.items))
+            elif isinstance(chunk, ImageChunk):
+                batches = self._read_image(chunk, prompt.items[begin])
             else:
-                batches = self._read_image(chunk, prompt.items[items - 1])
+                raise PromptError("what was read before a picture is gone and cannot be read again")
             for _ in batches:
                 if report:
                     report(self.n_tokens, prompt.n_tokens)
         self.n_read = self.n_tokens - start
 
-    def n_common(self, prompt: Prompt) -> int:
+    def n_common(self, prompt: Prompt | Continued) -> int:
         """How many of a prompt's items are held and need not be read; its last token is read in any case."""
         n = 0
         for held, item in zip(self._items, prompt.items[:-1], strict=False):
@@ -170,11 +201,11 @@ class Prefilled:
             n += 1
         return n
 
-    def _n_same_batches(self, prompt: Prompt) -> int:
+    def _n_same_batches(self, prompt: Prompt | Continued) -> int:
         """The items of a prompt that are held and were read in batches as they would be now."""
         n, n_common, start = 0, self.n_common(prompt), 0
         for chunk in prompt.chunks:
-            size = len(chunk.tokens) if isinstance(chunk, TextChunk) else 1
+            size = _n_items(chunk)
             for first in range(start, start + size, self.context.n_batch):
                 stop = min(first + self.context.n_batch, start + size)
                 if stop > n_common or self._batches.get(first) != stop:
@@ -183,7 +214,7 @@ class Prefilled:
             start += size
         return n
 
-    def can_read(self, prompt: Prompt) -> bool:
+    def can_read(self, prompt: Prompt | Continued) -> bool:
         """Whether the prompt begins like what cannot be read again, as it was cut."""
         return self.n_common(prompt) >= self._n_fixed
 
@@ -211,14 +242,15 @@ class Prefilled:
         """Hold the first n items, or less of them if there is no other way; return how many."""
         if n < self._n_fixed:
             raise PromptError("the prompt does not begin like the one that was cut, which cannot be read again")
-        position = self._after[n - 1][1] if n else 0
-        if n < len(self._items) and n and not self.context.goes_back_to(position):
-            n = position = 0
+        if n and n < len(self._items) and not self.context.goes_back_to(self._after[n - 1][1]):
+            n = self._n_fixed
         if n == 0:
             self._first_captured = 0
             self.context.clear()
-        elif n <= len(self._items):
-            self.context.remove(position)
+        elif n == self._n_fixed and self._state is not None:
+            self.context.load_state(self._state)
+        else:
+            self.context.remove(self._after[n - 1][1])
         del self._items[n:], self._after[n:]
         self._batches = {first: stop for first, stop in self._batches.items() if stop <= n}
         self.n_tokens, self.position = self._after[-1] if n else (0, 0)
@@ -289,14 +321,54 @@ class Prefilled:
             raise
         return self.position if shiftkv.info(self.context).n_prompt == self.n_tokens else after
 
-    def handed_over(self, context: Context) -> Prefilled:
+    def handed_over(self, context: Context, *, n_query: int = 0) -> Prefilled:
         """`hand_over`, and what is held there: the same, but that it cannot go back behind what was cut.
 
         Raises ShiftKVError, and CancelledError.
         """
         self.hand_over(context)
-        other = Prefilled(context, self._projector)
-        other._items, other._after = self._items.copy(), self._after.copy()
-        other.n_tokens, other.position, other.image_spans = self.n_tokens, self.position, self.image_spans
-        other._n_fixed = len(self._items)
+        n_kept = shiftkv.info(self.context).n_kept
+        other = Prefilled.of(context, self._projector, self.held(), n_query=n_query)
+        other.n_dropped += self.n_tokens - self.n_dropped - n_kept
         return other
+
+    def moved(self, context: Context) -> Prefilled:
+        """The same in another context of the same model and KV types. Raises ShiftKVError."""
+        context.load_state(self.context.state())
+        other = Prefilled.of(context, self._projector, self.held())
+        other._n_fixed, other._state = self._n_fixed, self._state
+        return other
+
+    @property
+    def n_items(self) -> int:
+        """How many of a prompt's items are held."""
+        return len(self._items)
+
+    def rewind(self) -> None:
+        """Go back to what cannot be read again. Raises ShiftKVError."""
+        self._go_back(self._n_fixed)
+
+    def held(self) -> Held:
+        """What is held, without its KV pairs."""
+        return Held(tuple(self._items), tuple(self._after), tuple(self.image_spans), self.n_dropped)
+
+    @classmethod
+    def of(cls, context: Context, projector: Projector | None, held: Held, *, n_query: int = 0) -> Prefilled:
+        """What a context holds already; it cannot go back behind that.
+
+        n_query: queries to capture from now on. Raises ShiftKVError.
+        """
+        result = cls(context, projector, n_query=n_query)
+        result._items, result._after = list(held.items), list(held.after)
+        result.n_tokens, result.position = held.after[-1]
+        result.image_spans, result.n_dropped = list(held.image_spans), held.n_dropped
+        result._n_fixed = len(held.items)
+        if context.model.window:
+            result._state = context.state()
+        return result
+
+
+def _n_items(chunk: TextChunk | ImageChunk | HeldChunk) -> int:
+    if isinstance(chunk, TextChunk):
+        return len(chunk.tokens)
+    return 1 if isinstance(chunk, ImageChunk) else chunk.n_items

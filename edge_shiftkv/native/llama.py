@@ -222,10 +222,11 @@ class Context(Handle):
         if not llama.llama_get_memory(self.pointer):
             self.close()
             raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
-        self.n_ctx = llama.llama_n_ctx(self.pointer)
-        self.n_batch = llama.llama_n_batch(self.pointer)
+        self.n_ctx = int(llama.llama_n_ctx(self.pointer))
+        self.n_batch = int(llama.llama_n_batch(self.pointer))
         self.interrupt = interrupt or Interrupt()
         self.interrupt.watch(self.pointer)
+        self.n_outputs = min(n_outputs, self.n_batch)
         self.model = model
 
     def clear(self) -> None:

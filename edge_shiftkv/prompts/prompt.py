@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -67,6 +68,60 @@ class Prompt:
         """Free the preprocessed pictures."""
         if self._native:
             self._native.close()
+
+
+@dataclass(frozen=True)
+class HeldChunk:
+    """The beginning of a prompt that a context is known to hold, and that cannot be read again."""
+
+    n_items: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """The beginning of prompts, up to the last picture of it and what the model has around pictures.
+
+    n_tokens, image_spans: as in `Prompt`.
+    """
+
+    items: tuple[Item, ...] = ()
+    n_tokens: int = 0
+    image_spans: tuple[ImageSpan, ...] = ()
+
+    @classmethod
+    def of(cls, prompt: Prompt, parts: Sequence[Part], model: Model) -> Head:
+        """What is before the text at the end of a prompt that was made of `parts`.
+
+        Raises PromptError where the model takes that text otherwise than other text.
+        """
+        if not prompt.image_spans:
+            return cls()
+        after = tokens_after_pictures(parts, model)
+        n = len(prompt.items) - len(after)
+        if prompt.items[n:] != after:
+            raise PromptError("this model's pictures change the tokens of the text after them")
+        return cls(tuple(prompt.items[:n]), prompt.n_tokens - len(after), tuple(prompt.image_spans))
+
+
+class Continued:
+    """A `Prompt` of a head and other text after it; nothing is to be freed."""
+
+    def __init__(self, head: Head, parts: Sequence[Part], model: Model) -> None:
+        tokens = tokens_after_pictures(parts, model)
+        self.chunks: list[TextChunk | ImageChunk | HeldChunk] = [HeldChunk(len(head.items)), TextChunk(tokens)]
+        self.items: list[Item] = [*head.items, *tokens]
+        self.image_spans = list(head.image_spans)
+        self.n_tokens = head.n_tokens + len(tokens)
+        self.n_image_tokens = sum(span.stop - span.start for span in head.image_spans)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def tokens_after_pictures(parts: Sequence[Part], model: Model) -> list[int]:
+    """The tokens of the text after the last picture."""
+    last = max((i for i, part in enumerate(parts) if isinstance(part, Image.Image)), default=-1)
+    return _tokens([part for part in parts[last + 1 :] if isinstance(part, Text)], model)
 
 
 def _tokens(parts: Sequence[Text], model: Model) -> list[int]:

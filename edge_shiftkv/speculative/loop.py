@@ -14,7 +14,7 @@ from edge_shiftkv.errors import ModelError
 from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.native.mtmd import TextChunk
 from edge_shiftkv.prompts.conversation import Conversation
-from edge_shiftkv.prompts.prompt import Prompt
+from edge_shiftkv.prompts.prompt import Continued, Prompt
 from edge_shiftkv.results import DraftFigures
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative.draft import Draft
@@ -78,7 +78,7 @@ class Drafting:
         position: int,
         *,
         conversation: Conversation,
-        prompt: Prompt,
+        prompt: Prompt | Continued,
         room: int,
     ) -> SpeculativeDecoder:
         """A decoder for the answer to `conversation`, which is `prompt` for the target, of up to `room` tokens."""

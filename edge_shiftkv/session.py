@@ -1,0 +1,313 @@
+"""Pictures and text that are read once and asked about again and again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from edge_shiftkv import session_file
+from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin, cut, too_long
+from edge_shiftkv.engine.prefilled import BATCH, Prefilled, ScoringMethod
+from edge_shiftkv.errors import ClosedError, PromptError, SettingError, ShiftKVError
+from edge_shiftkv.native.llama import Context
+from edge_shiftkv.prompts.conversation import Conversation
+from edge_shiftkv.prompts.messages import Message
+from edge_shiftkv.prompts.prompt import Continued, Head
+from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
+from edge_shiftkv.results import Completion
+from edge_shiftkv.selection.methods import Method
+from edge_shiftkv.selection.results import Selection
+from edge_shiftkv.session_file import Saved
+from edge_shiftkv.speculative.loop import Drafting
+from edge_shiftkv.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+_ROOM = 1024  # tokens for a question and its answer in the context that holds what they are about
+_SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
+_QUESTIONS = ("A", "1")  # where their prompts differ, a question begins
+_STEP = 256  # contexts have a multiple of it
+
+
+class Session:
+    """What was read once: `Runtime.session` makes it.
+
+    Each `ask` is a question of its own about the same: it goes on from the uncut prompt, and gets its own cut. `reply`
+    goes on where the last answer ended. `cut` cuts what was read before any question is known, and frees the rest;
+    questions then go on from what was kept.
+
+    A session has contexts of its own, which `close` frees; a context manager does that. It shares the runtime's model,
+    and like everything else is served one request at a time.
+
+    selection: what `cut` kept; None before.
+    """
+
+    def __init__(
+        self, requests: Requests, about: list[Message], kv_budget: Budget, kv_method: Method | ScoringMethod
+    ) -> None:
+        self.selection: Selection | None = None
+        self._requests = requests
+        self._about = about
+        self._kv_budget, self._kv_method = kv_budget, kv_method
+        self._head = Head()
+        self._base: Prefilled | None = None
+        self._n_query = 0
+        self._is_cut = self._is_loaded = False
+        self._n_about = 0
+        self._small: Context | None = None  # in which cut answers are written
+        self._last: Prefilled | None = None
+        self._turns: list[Message] = []
+        self._closed = False
+
+    def ask(self, question: str, **options: Unpack[Options]) -> Completion:
+        """Answer a question about what was read, as if it were the first.
+
+        Raises what `Runtime.generate` raises, and SettingError for a kv_budget after `cut`.
+
+        Example: ``page.ask("What is the total?", max_tokens=20, kv_budget=128).text``
+        """
+        return _whole(self.stream(question, **options))
+
+    def stream(self, question: str, **options: Unpack[Options]) -> Stream:
+        """`ask`, piece by piece."""
+        return self._stream(self._asked(question), self._read_question, options)
+
+    def reply(self, text: str, **options: Unpack[Options]) -> Completion:
+        """Go on after the last answer, which the model then knows, in the KV cache that it was written in.
+
+        Raises what `ask` raises, and PromptError where nothing was asked yet.
+        """
+        return _whole(self.stream_reply(text, **options))
+
+    def stream_reply(self, text: str, **options: Unpack[Options]) -> Stream:
+        """`reply`, piece by piece."""
+        if not self._turns:
+            raise PromptError("there is no answer to reply to: ask first")
+        return self._stream([*self._turns, Message("user", (text,))], self._read_reply, options)
+
+    def cut(self, budget: Budget = None, kv_method: Method | ScoringMethod | str | None = None) -> None:
+        """Keep `budget` KV pairs per layer and KV head of what was read, and free the others.
+
+        budget, kv_method: as in `Runtime`; by default the session's.
+
+        Raises SettingError for a budget out of its range, or none; ShiftKVError for a session that is cut already.
+        """
+        budget = check_budget(self._kv_budget if budget is None else budget)
+        chosen = self._kv_method if kv_method is None else method_of(kv_method)
+        if budget is None:
+            raise SettingError("there is no budget to cut to: pass one")
+        self._requests.now(lambda: self._cut(budget, chosen))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was read, or what was kept of it, to a file for `Runtime.load_session`.
+
+        The file is complete or not there. It is only read with the same model, mmproj and KV types. Text of the
+        session is in it; pictures are not, but what the model knows of them is.
+
+        Raises ShiftKVError when it cannot be written.
+        """
+        self._requests.now(lambda: self._save(Path(path)))
+
+    def close(self) -> None:
+        """Free everything that was read; a second call does nothing."""
+        self._closed = True
+        small, self._small = self._small, None
+        base, self._base = self._base, None
+        for context in (small, base and base.context):
+            if context:
+                context.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(self, messages: list[Message], read: Callable[[Any, Beginning], Begun], options: Options) -> Stream:
+        if self._closed:
+            raise ClosedError("the session is closed")
+        if self._is_cut and ("kv_budget" in options or "kv_method" in options):
+            raise SettingError("the session was cut already: kv_budget and kv_method have no effect any more")
+        settings: dict[str, Any] = {"kv_budget": self._kv_budget, "kv_method": self._kv_method, **options}
+        request = Request.of(**settings)
+
+        def wrote(prefilled: Prefilled, text: str) -> None:
+            self._last, self._turns = prefilled, [*messages, Message("assistant", (text,))]
+
+        return self._requests.stream(Conversation(messages), request, read, make_prompt=self._prompt, wrote=wrote)
+
+    def _asked(self, question: str) -> list[Message]:
+        *before, about = self._about
+        return [*before, replace(about, content=(*about.content, question))]
+
+    def _prompt(self, conversation: Conversation) -> AnyPrompt:
+        """The tokens of a conversation; pictures that are held already are not looked at again."""
+        engine = self._requests.engine
+        if not self._head.items:
+            return engine.prompt(conversation)
+        return Continued(self._head, conversation.parts(engine.template), engine.model)
+
+    def read(self) -> None:
+        """Read what the session is about. Raises what `Runtime.session` does."""
+        self._read_about(Request.of(kv_budget=self._kv_budget, kv_method=self._kv_method), 0)
+
+    def restore(self, saved: Saved) -> None:
+        """Hold what a file had. Raises ShiftKVError."""
+        engine = self._requests.engine
+        n_cells = saved.held.after[-1][0] - saved.held.n_dropped
+        context = engine.context(_rounded(n_cells + _ROOM), n_outputs=Drafting.n_pass)
+        try:
+            context.load_state(saved.state)
+            self._base = Prefilled.of(context, engine.projector, saved.held)
+        except BaseException:
+            context.close()
+            raise
+        self._head, self._is_cut, self._is_loaded = saved.head, saved.is_cut, True
+
+    def _read_about(self, request: Request, n_tokens: int) -> Prefilled:
+        """What the session is about, in a context for `n_tokens` of it and after it, with the method's queries."""
+        engine = self._requests.engine
+        n_query = request.kv_method.n_query
+        base = self._base
+        if base:
+            n_ctx = n_tokens - base.n_dropped
+            fits = n_ctx <= base.context.n_ctx
+            if fits and (self._is_fixed or self._n_query >= n_query):
+                return base
+            if self._is_fixed:
+                self._base = base.moved(engine.context(_rounded(n_ctx), base.context.n_batch))
+                base.context.close()
+                return self._base
+            self._base = None
+            base.context.close()
+        conversations = [Conversation(self._asked(question)) for question in _QUESTIONS]
+        with closing(engine.prompt(conversations[0])) as prompt, closing(engine.prompt(conversations[1])) as other:
+            pairs = zip(prompt.items, other.items, strict=False)
+            n = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt.items) - 1)
+            n_ctx = max(n_tokens, prompt.n_tokens + _ROOM)
+            if prompt.n_tokens >= self._requests.n_ctx:
+                raise too_long(prompt.n_tokens, self._requests.n_ctx)
+            context = engine.context(_rounded(n_ctx), engine.batch(prompt))
+            try:
+                base = self._captured(context, n_query)
+                base.read(prompt, self._requests.report, n_items=n)
+                self._head = Head.of(prompt, conversations[0].parts(engine.template), engine.model)
+            except BaseException:
+                context.close()
+                raise
+        self._base, self._n_query, self._n_about = base, n_query, n
+        return base
+
+    def _captured(self, context: Context, n_query: int) -> Prefilled:
+        """Nothing yet in a context, with its queries captured if it can be cut."""
+        projector = self._requests.engine.projector
+        try:
+            return Prefilled(context, projector, n_query=n_query, n_spare=_SPARE)
+        except ShiftKVError:
+            if self._kv_budget is not None:
+                raise
+            return Prefilled(context, projector)
+
+    def _read_question(self, prompt: AnyPrompt, beginning: Beginning) -> Begun:
+        started = time.perf_counter()
+        self._last = None
+        request = beginning.request
+        budget = None if self._is_cut else budget_for(request.kv_budget, prompt.n_tokens)
+        if budget is not None and self._is_fixed:
+            raise SettingError("the session came from a file, which has no queries to cut by: kv_budget has to be None")
+        base = self._read_about(request, prompt.n_tokens + (beginning.room if budget is None else 0))
+        base.read(prompt, self._requests.report, whole_batches=False)
+        begun = begin(prompt, base, beginning, started)
+        return begun if budget is None else cut(begun, budget, beginning, partial(self._empty, beginning.n_pass))
+
+    def _read_reply(self, prompt: AnyPrompt, beginning: Beginning) -> Begun:
+        started = time.perf_counter()
+        last, self._last = self._last, None
+        if last is None or last.context is (self._base and self._base.context) or not last.can_read(prompt):
+            return self._read_question(prompt, beginning)
+        n_ctx = prompt.n_tokens - last.n_dropped + beginning.room
+        if n_ctx > last.context.n_ctx:
+            last = last.moved(self._new(n_ctx, last.context.n_batch, beginning.n_pass))
+            if self._small:
+                self._small.close()
+            self._small = last.context
+        last.read(prompt, self._requests.report, whole_batches=False)
+        return begin(prompt, last, beginning, started)
+
+    def _empty(self, n_pass: int, n_ctx: int) -> Context:
+        """The context for a cut answer, empty; it has room for a reply, too."""
+        small, self._small = self._small, None
+        n_ctx += _ROOM
+        if small and small.n_ctx >= n_ctx and small.n_outputs >= n_pass:
+            small.clear()
+        else:
+            if small:
+                small.close()
+            small = self._new(n_ctx, BATCH, n_pass)
+        self._small = small
+        return small
+
+    def _new(self, n_ctx: int, n_batch: int, n_pass: int) -> Context:
+        return self._requests.engine.context(_rounded(n_ctx), n_batch, n_outputs=n_pass)
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether what the session is about cannot be read again."""
+        return self._is_cut or self._is_loaded
+
+    def _cut(self, budget: float, method: Method | ScoringMethod) -> None:
+        if self._is_fixed:
+            raise ShiftKVError("the session was cut already, or came from a file: it cannot be cut again")
+        request = Request.of(kv_budget=budget, kv_method=method)
+        base = self._about_only(request)
+        n_kept = budget_for(budget, base.n_tokens)
+        if n_kept is None:
+            raise SettingError(f"kv_budget is {budget}: what was read has only {base.n_tokens} tokens")
+        selection = base.select(method, n_kept)
+        window = min(base.context.model.window, base.n_tokens)
+        context = self._new(max(n_kept, window) + _ROOM, BATCH, Drafting.n_pass)
+        try:
+            self._base = base.handed_over(context)
+        except BaseException:
+            context.close()
+            raise
+        base.context.close()
+        self.selection, self._is_cut, self._last = selection, True, None
+
+    def _about_only(self, request: Request) -> Prefilled:
+        """What the session is about, and nothing after it."""
+        base = self._read_about(request, 0)
+        if self._is_fixed:
+            base.rewind()
+        elif base.n_items != self._n_about:
+            engine = self._requests.engine
+            with closing(engine.prompt(Conversation(self._asked(_QUESTIONS[0])))) as prompt:
+                base.read(prompt, self._requests.report, whole_batches=False, n_items=self._n_about)
+        return base
+
+    def _save(self, path: Path) -> None:
+        base = self._about_only(Request.of(kv_budget=self._kv_budget, kv_method=self._kv_method))
+        self._last = None
+        session_file.write(
+            path, self._requests.engine, self._about, base.held(), self._head, base.context.state(), is_cut=self._is_cut
+        )
+
+
+def _whole(stream: Stream) -> Completion:
+    for _ in stream:
+        pass
+    return stream.completion
+
+
+def _rounded(n_ctx: int) -> int:
+    return -(-n_ctx // _STEP) * _STEP
