@@ -16,6 +16,7 @@ from edge_shiftkv.errors import (
     ImageError,
     ModelError,
     PromptError,
+    SessionError,
     SettingError,
     ShiftKVError,
     TimeLimitError,
@@ -25,6 +26,7 @@ from edge_shiftkv.results import Completion, DraftFigures, Figures
 from edge_shiftkv.runtime import Runtime
 from edge_shiftkv.selection import ImageSpan, Selection, ShiftKV
 from edge_shiftkv.selection.heatmap import heatmap
+from edge_shiftkv.session import Session
 from edge_shiftkv.speculative.llama_draft import LlamaDraft
 from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream
@@ -46,6 +48,8 @@ __all__ = [
     "PromptError",
     "Runtime",
     "Selection",
+    "Session",
+    "SessionError",
     "SettingError",
     "ShiftKV",
     "ShiftKVError",

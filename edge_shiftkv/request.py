@@ -43,7 +43,7 @@ Budget = int | float | None
 
 def check_budget(budget: Budget) -> Budget:
     """The budget, which is a number of KV pairs, a share of the prompt, or None. Raises SettingError."""
-    whole = isinstance(budget, int) and budget >= 2
+    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 2
     share = isinstance(budget, float) and (0 < budget < 1 or (budget >= 2 and budget.is_integer()))
     if budget is not None and not whole and not share:
         raise SettingError(

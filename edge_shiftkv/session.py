@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edge_shiftkv import session_file
 from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin, cut, too_long
 from edge_shiftkv.engine.prefilled import BATCH, Prefilled, ScoringMethod
-from edge_shiftkv.errors import ClosedError, PromptError, SettingError, ShiftKVError
+from edge_shiftkv.errors import CancelledError, ClosedError, PromptError, SessionError, SettingError, ShiftKVError
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.messages import Message
@@ -65,6 +65,7 @@ class Session:
         self._small: Context | None = None  # in which cut answers are written
         self._last: Prefilled | None = None
         self._turns: list[Message] = []
+        self._conversation = Conversation(about)
         self._closed = False
 
     def ask(self, question: str, **options: Unpack[Options]) -> Completion:
@@ -141,10 +142,12 @@ class Session:
         settings: dict[str, Any] = {"kv_budget": self._kv_budget, "kv_method": self._kv_method, **options}
         request = Request.of(**settings)
 
+        self._conversation = Conversation(messages)
+
         def wrote(prefilled: Prefilled, text: str) -> None:
             self._last, self._turns = prefilled, [*messages, Message("assistant", (text,))]
 
-        return self._requests.stream(Conversation(messages), request, read, make_prompt=self._prompt, wrote=wrote)
+        return self._requests.stream(self._conversation, request, read, make_prompt=self._prompt, wrote=wrote)
 
     def _asked(self, question: str) -> list[Message]:
         *before, about = self._about
@@ -162,15 +165,17 @@ class Session:
         self._read_about(Request.of(kv_budget=self._kv_budget, kv_method=self._kv_method), 0)
 
     def restore(self, saved: Saved) -> None:
-        """Hold what a file had. Raises ShiftKVError."""
+        """Hold what a file had. Raises SessionError."""
         engine = self._requests.engine
         n_cells = saved.held.after[-1][0] - saved.held.n_dropped
         context = engine.context(_rounded(n_cells + _ROOM), n_outputs=Drafting.n_pass)
         try:
             context.load_state(saved.state)
             self._base = Prefilled.of(context, engine.projector, saved.held)
-        except BaseException:
+        except BaseException as error:
             context.close()
+            if isinstance(error, ShiftKVError) and not isinstance(error, CancelledError):
+                raise SessionError(f"the session could not be restored: {error}") from error
             raise
         self._head, self._is_cut, self._is_loaded = saved.head, saved.is_cut, True
 
@@ -226,7 +231,11 @@ class Session:
         if budget is not None and self._is_fixed:
             raise SettingError("the session came from a file, which has no queries to cut by: kv_budget has to be None")
         base = self._read_about(request, prompt.n_tokens + (beginning.room if budget is None else 0))
-        base.read(prompt, self._requests.report, whole_batches=False)
+        if self._is_fixed or base.n_reused(prompt) >= len(self._head.items):
+            base.read(prompt, self._requests.report, whole_batches=False)
+        else:  # the queries of the picture itself are wanted, and were overwritten
+            with closing(self._requests.engine.prompt(self._conversation)) as whole:
+                base.read(whole, self._requests.report, whole_batches=False)
         begun = begin(prompt, base, beginning, started)
         return begun if budget is None else cut(begun, budget, beginning, partial(self._empty, beginning.n_pass))
 

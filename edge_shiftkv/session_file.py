@@ -22,7 +22,7 @@ from edge_shiftkv.engine.engine import Engine
 from edge_shiftkv.engine.prefilled import Held
 from edge_shiftkv.errors import SessionError
 from edge_shiftkv.prompts.messages import Message
-from edge_shiftkv.prompts.prompt import Head, image_hash
+from edge_shiftkv.prompts.prompt import Head
 from edge_shiftkv.selection.results import ImageSpan
 
 _MAGIC = b"edge_shiftkv session 1\n"
@@ -88,7 +88,13 @@ def read(path: Path, engine: Engine) -> Saved:
     if hashlib.sha256(body).digest() != digest:
         raise SessionError(f"{path}: the file is incomplete or was altered; save the session again")
     line, _, state = body[len(_MAGIC) :].partition(b"\n")
-    header: dict[str, Any] = json.loads(line)
+    try:
+        return _saved(path, json.loads(line), state, engine)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise SessionError(f"{path}: the file is damaged: {error!r}") from error
+
+
+def _saved(path: Path, header: dict[str, Any], state: bytes, engine: Engine) -> Saved:
     for key, value in _made_for(engine).items():
         if header[key] != value:
             raise SessionError(f"{path}: saved with another {_NAMES[key]}; load it with the one it was saved with")
@@ -141,7 +147,8 @@ def _file_hash(path: Path, _size: int, _mtime_ns: int) -> str:
 
 
 def _part(part: str | Image.Image) -> dict[str, str]:
-    return {"text": part} if isinstance(part, str) else {"image": image_hash(part)}
+    # Pictures are told apart by the items.
+    return {"text": part} if isinstance(part, str) else {}
 
 
 def _unpart(part: dict[str, str]) -> str | Image.Image:

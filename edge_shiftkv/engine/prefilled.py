@@ -166,11 +166,8 @@ class Prefilled:
 
         Raises ImageError, ShiftKVError, CancelledError; PromptError where what was cut is not how this one begins.
         """
-        n = self._n_same_batches(prompt) if whole_batches else self.n_common(prompt)
         n_items = len(prompt.items) if n_items is None else n_items
-        if n >= n_items:  # a selection is made from where the last token was read
-            n = n_items if n_items == len(self._items) else n_items - 1
-        n = self._go_back(self._with_window(n, prompt.n_tokens))
+        n = self._go_back(self.n_reused(prompt, whole_batches=whole_batches, n_items=n_items))
         self.image_spans = prompt.image_spans
         self.image_encode_s = 0.0
         start = self.n_tokens
@@ -191,6 +188,12 @@ class Prefilled:
                 if report:
                     report(self.n_tokens, prompt.n_tokens)
         self.n_read = self.n_tokens - start
+
+    def n_reused(self, prompt: Prompt | Continued, *, whole_batches: bool = False, n_items: int | None = None) -> int:
+        """How many of a prompt's items `read` would take over."""
+        n = min(self._n_same_batches(prompt) if whole_batches else self.n_common(prompt), n_items or len(prompt.items))
+        n = self._with_window(n, prompt.n_tokens)
+        return n if self._goes_back_to(n) else self._n_fixed
 
     def n_common(self, prompt: Prompt | Continued) -> int:
         """How many of a prompt's items are held and need not be read; its last token is read in any case."""
@@ -242,8 +245,6 @@ class Prefilled:
         """Hold the first n items, or less of them if there is no other way; return how many."""
         if n < self._n_fixed:
             raise PromptError("the prompt does not begin like the one that was cut, which cannot be read again")
-        if n and n < len(self._items) and not self.context.goes_back_to(self._after[n - 1][1]):
-            n = self._n_fixed
         if n == 0:
             self._first_captured = 0
             self.context.clear()
@@ -255,6 +256,9 @@ class Prefilled:
         self._batches = {first: stop for first, stop in self._batches.items() if stop <= n}
         self.n_tokens, self.position = self._after[-1] if n else (0, 0)
         return n
+
+    def _goes_back_to(self, n: int) -> bool:
+        return n in (0, len(self._items)) or self.context.goes_back_to(self._after[n - 1][1])
 
     def _with_window(self, n: int, n_tokens: int) -> int:
         """Less than n items, where queries that a selection from `n_tokens` tokens looks at are no longer there."""
