@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class ShiftKV:
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
         return _params(
-            shiftkv.Method.SHIFTKV,
+            "shiftkv",
             budget,
             n_proxy=self.n_proxy,
             n_group=self.n_group or (32 if architecture.startswith(("qwen2vl", "qwen3vl")) else 16),
@@ -136,7 +137,7 @@ class StreamingLLM:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.STREAMING, budget, n_sink=self.n_sink)
+        return _params("streamingllm", budget, n_sink=self.n_sink)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class SnapKV:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.SNAPKV, budget, n_window=self.window, n_recent=self.window, n_pool=self.kernel)
+        return _params("snapkv", budget, n_window=self.window, n_recent=self.window, n_pool=self.kernel)
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class KeyDiff:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.KEYDIFF, budget)
+        return _params("keydiff", budget)
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,7 @@ class ExpectedAttention:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(
-            shiftkv.Method.EXPECTED, budget, n_window=self.n_window, n_future=self.n_future, n_sink=self.n_sink
-        )
+        return _params("expected-attention", budget, n_window=self.n_window, n_future=self.n_future, n_sink=self.n_sink)
 
 
 @dataclass(frozen=True)
@@ -249,20 +248,51 @@ class Random:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.RANDOM, budget, seed=self.seed)
+        return _params("random", budget, seed=self.seed)
 
 
-METHODS: dict[str, Callable[[], Method]] = {
-    "mixed": lambda: ShiftKV(n_proxy=256, observed=0.5, window=8, kernel=9),
-    "paper": ShiftKV,
+@dataclass(frozen=True)
+class Published:
+    """A method by its name in the library, with its published settings: for one that has no class of its own here.
+
+    Raises PromptError when the library has no such method.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in shiftkv.METHODS:
+            raise PromptError(f"{self.name!r} is no method of the library, which has {', '.join(shiftkv.METHODS)}")
+
+    @property
+    def n_query(self) -> int:
+        """See `Method`: as the library says."""
+        return shiftkv.n_query(_params(self.name, budget=2))
+
+    def params(self, budget: int, architecture: str) -> shiftkv.Params:
+        """See `Method`."""
+        return _params(self.name, budget)
+
+
+_CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "streamingllm": StreamingLLM,
     "snapkv": SnapKV,
     "keydiff": KeyDiff,
     "expected-attention": ExpectedAttention,
     "random": Random,
 }
-"""The methods by name. "paper" is MM-ShiftKV as published; "mixed" gives a share of its budget to what the last real
-queries attend to, which docs/quality.md found better; the others have their own defaults."""
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "mixed": lambda: ShiftKV(n_proxy=256, observed=0.5, window=8, kernel=9),
+    "paper": ShiftKV,
+    **{
+        name: _CONFIGURATIONS.get(name, functools.partial(Published, name))
+        for name in shiftkv.METHODS
+        if name != "shiftkv"
+    },
+}
+"""The methods by name: those of the library. "paper" is MM-ShiftKV as published; "mixed" gives a share of its budget to
+what the last real queries attend to, which docs/quality.md found better; the others have their own defaults."""
 
 DEFAULT_METHOD = "mixed"
 
@@ -274,12 +304,12 @@ def method(name: str) -> Method:
     return METHODS[name]()
 
 
-def _params(kind: shiftkv.Method, budget: int, **settings: Any) -> shiftkv.Params:
+def _params(name: str, budget: int, **settings: Any) -> shiftkv.Params:
     """The published settings of a method but for the budget and `settings`."""
-    params: shiftkv.Params = shiftkv.default_params(kind)
+    params: shiftkv.Params = shiftkv.default_params(shiftkv.METHODS[name])
     params.budget = budget
-    for name, value in settings.items():
-        setattr(params, name, value)
+    for setting, value in settings.items():
+        setattr(params, setting, value)
     return params
 
 

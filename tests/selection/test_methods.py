@@ -23,10 +23,10 @@ def values(params):
     ("configuration", "kind"),
     [
         (ShiftKV, shiftkv.Method.SHIFTKV),
-        (StreamingLLM, shiftkv.Method.STREAMING),
+        (StreamingLLM, shiftkv.Method.STREAMINGLLM),
         (SnapKV, shiftkv.Method.SNAPKV),
         (KeyDiff, shiftkv.Method.KEYDIFF),
-        (ExpectedAttention, shiftkv.Method.EXPECTED),
+        (ExpectedAttention, shiftkv.Method.EXPECTED_ATTENTION),
         (Random, shiftkv.Method.RANDOM),
     ],
 )

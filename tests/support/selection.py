@@ -41,8 +41,8 @@ def rankings(context: Context, settings: Settings, n_past: int, seq: int = 0) ->
         hidden = np.concatenate([hidden, last_hidden[None]])
         positions = np.append(positions, n_past - 1)
         queries = weights.queries(layer, hidden, positions, rotated=context.rotated)
-        queries = rounded(queries, context.type_k)
-        attention = reference.attention(queries, k, weights.kq_scale, weights.soft_cap)
+        queries = rounded(weights.kq_scale * queries, context.type_k)
+        attention = reference.attention(queries, k, 1.0, weights.soft_cap)
         yield layer, reference.rank(attention[:-1], attention[-1], n_group)
 
 
