@@ -37,11 +37,11 @@ class View:
 
     def keys(self) -> Array:
         """[Hkv, T, d]."""
-        return self.context.cells(self.seq)[0].k[self.index].values(self.context.model.spec.n_head_kv)
+        return self.context.cells(self.seq)[0].k[self.index].values(self.context.model.spec.layer_kv_heads(self.layer))
 
     def values(self) -> Array:
         """[Hkv, T, d]."""
-        return self.context.cells(self.seq)[0].v[self.index].values(self.context.model.spec.n_head_kv)
+        return self.context.cells(self.seq)[0].v[self.index].values(self.context.model.spec.layer_kv_heads(self.layer))
 
 
 Score = Callable[[View, Mapping[str, int]], tuple[Array, Array]]

@@ -33,7 +33,7 @@ def rankings(context: Context, settings: Settings, n_past: int, seq: int = 0) ->
     weights = context.model.weights
     cells = context.cells(seq)[0]
     for index, layer in enumerate(context.layers()):
-        k = cells.k[index].values(weights.spec.n_head_kv)
+        k = cells.k[index].values(weights.spec.layer_kv_heads(layer))
         last_hidden = context.hidden(layer)[-1].astype(np.float64)
         stats = context.stats(layer, settings.n_stat)
         repeat = index < settings.n_layer_repeat
