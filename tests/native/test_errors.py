@@ -10,7 +10,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 from support import native
-from support.cases import GEMMA3, Case, Load, open_context, selected
+from support.cases import GEMMA3, MAMBA, Case, Load, open_context, selected
 from support.gguf_random import Spec
 from support.native import (
     ARGUMENT,
@@ -31,11 +31,6 @@ from support.prompts import text
 
 N_PROMPT = 60
 SPEC = Spec(n_layer=2, n_embd=64)
-MAMBA = Spec(
-    "mamba",
-    n_embd=64,
-    meta={"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 4},
-)
 
 
 @pytest.fixture

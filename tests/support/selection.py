@@ -40,6 +40,9 @@ def rankings(context: Context, settings: Settings, n_past: int, seq: int = 0) ->
         hidden, positions, n_group = reference.proxies(settings, stats, last_hidden, n_past, repeat)
         hidden = np.concatenate([hidden, last_hidden[None]])
         positions = np.append(positions, n_past - 1)
+        if context.model.n_pos > 1:  # in M-RoPE the last token may be an image's, which has a row and a column
+            positions = np.repeat(positions[:, None], 3, axis=1)
+            positions[-1] = cells.positions[-1]
         queries = weights.queries(layer, hidden, positions, rotated=context.rotated)
         queries = rounded(weights.kq_scale * queries, context.type_k)
         attention = reference.attention(queries, k, 1.0, weights.soft_cap)
