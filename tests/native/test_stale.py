@@ -145,3 +145,18 @@ def test_pairs_that_moved_after_the_selection_are_stale(load: Load) -> None:
         llama.llama_memory_seq_add(context.memory, 0, 20, 40, 10)
         assert context.compact(other) == STALE
         assert context.compact() == STALE
+
+
+def test_what_is_handed_over_to_a_captured_sequence_was_not_captured(load: Load) -> None:
+    """As many tokens, at the same positions and in the same cells as the destination has captured."""
+    with Context(load(Spec())) as context, Context(load(Spec())) as destination:
+        for one, seed in ((context, 0), (destination, 9)):
+            assert one.capture() == OK
+            one.decode(text(N_PROMPT, seed), 0)
+        assert context.select(params(N_PROMPT)) == OK
+        assert chosen(destination) == OK
+        assert context.compact(destination) == OK
+        assert destination.compact() == STALE
+        assert chosen(destination) == STALE
+        destination.decode(text(1), N_PROMPT)
+        assert chosen(destination) == OK
