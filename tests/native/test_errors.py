@@ -29,6 +29,8 @@ from support.native import (
 )
 from support.prompts import text
 
+from edge_shiftkv.native.shiftkv import METHODS
+
 N_PROMPT = 60
 SPEC = Spec(n_layer=2, n_embd=64)
 
@@ -108,7 +110,7 @@ def test_capture_of_too_many_or_no_queries(context: Context, n_query: int) -> No
         {"observed": 0.5, "n_window": 0},
         {"observed": 0.5, "n_window": 2},
         {"method": -1},
-        {"method": 6},
+        {"method": len(METHODS)},
         {"n_recent": 0},
         {"n_pool": 0},
         {"n_pool": 4},

@@ -255,6 +255,9 @@ def test_windows_that_one_long_sequence_fills(load: Load, n_prompt: int) -> None
         for seq in (1, 2):
             assert context.compact(destination, seq) == OK
             expected.decode(text(n_prompt), 0, seq)
+            # No gaps: of what the long sequence holds, what is older than the oldest pair it lost is gone, too.
+            first = llama.llama_memory_seq_pos_min(destination.memory, 0)
+            assert 1000 - first <= 256 - seq * min(n_prompt, 31)
         for seq, position in ((1, n_prompt), (2, n_prompt), (0, 1000)):
             logits = [
                 [one.decode([t], position + i, seq) for i, t in enumerate(text(3, 4))]
@@ -271,9 +274,11 @@ def test_windows_with_room_elsewhere_stay(load: Load) -> None:
     with Context(model, 512, **options) as context, Context(model, 512, **options) as destination:
         destination.decode(text(150, 1), 0, seq=0)
         before = destination.state(0)
+        assert llama.llama_memory_seq_pos_min(destination.memory, 0) == 0
         prefilled(context)
         assert context.compact(destination, 1) == OK
         assert destination.state(0) == before
+        assert llama.llama_memory_seq_pos_min(destination.memory, 0) == 0
 
 
 @pytest.mark.device

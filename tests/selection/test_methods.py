@@ -128,6 +128,7 @@ def test_methods_by_name():
 def test_the_methods_are_those_of_the_library():
     """A rule that only the library knows would be one by its name."""
     assert set(METHODS) == {*shiftkv.METHODS, "mixed", "paper"} - {"shiftkv"}
+    assert list(shiftkv.METHODS) == sorted(shiftkv.METHODS)
     assert list(shiftkv.METHODS.values()) == list(range(len(shiftkv.METHODS)))
     assert {member.name for member in shiftkv.Method} == {name.upper().replace("-", "_") for name in shiftkv.METHODS}
 

@@ -267,10 +267,11 @@ llm_graph_cb llama_shiftkv_prefill::graph_cb(llm_graph_cb next, llm_graph_result
 
 void llama_shiftkv_prefill::capture_layer(const llama_ubatch & ubatch, ggml_tensor * kqv_out, int il,
         llm_graph_result * res, const llama_memory_context_i * mctx, llm_graph_input_shiftkv *& inp) {
-    auto * l = const_cast<llama_shiftkv_layer *>(find_layer(il));
-    if (l == nullptr || !error.empty()) {
+    const auto * found = find_layer(il);
+    if (found == nullptr || !error.empty()) {
         return;
     }
+    auto * l = &layers[found - layers.data()];
 
     const auto & model = ctx.lctx.get_model();
 
