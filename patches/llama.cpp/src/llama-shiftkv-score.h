@@ -63,14 +63,14 @@ struct llama_shiftkv_scoring {
     using chunk = std::function<ggml_tensor *(ggml_tensor * k, ggml_tensor * q, int64_t first)>;
     ggml_tensor * sum_queries(ggml_tensor * q, int64_t n_group, bool by_head, const chunk & f);
 
-    // queries multiplied with the scale of the logits, as the three below want them: their products with keys have to stay small
-    // where a backend adds up in half precision. contiguous, as some of the fast products want them
+    // queries times the scale of the logits, for all that multiplies them with keys: those products have to stay small where a backend
+    // adds up in half precision. contiguous, as some of the fast products want them
     ggml_tensor * scaled(ggml_tensor * q);
 
     // products of keys and queries: [n_kv, n_q, r*h_kv] of k [d, n_kv, h_kv] and q [d, n_q, r*h_kv]
     ggml_tensor * product(ggml_tensor * k, ggml_tensor * q);
 
-    // the same of the attention weights; mask: null, or a row for each query
+    // sum_queries() of the attention weights; mask: null, or a row for each query
     ggml_tensor * sum_attention(ggml_tensor * q, ggml_tensor * mask, int64_t n_group);
 
     std::vector<std::function<void()>> inputs = {}; // set the inputs
