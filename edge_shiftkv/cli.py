@@ -55,11 +55,8 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--kv-budget", type=int, metavar="N", help="KV pairs kept of the prompt per layer and KV head (default: all)"
     )
-    parser.add_argument(
-        "--kv-method",
-        metavar="NAME",
-        help="how: mixed (default), paper, streamingllm, snapkv, keydiff, expected-attention, random",
-    )
+    kv_method = parser.add_argument("--kv-method", metavar="NAME", help="how: mixed (default)%(others)s")
+    kv_method.others = _OtherMethods()  # type: ignore[attr-defined]
     parser.add_argument(
         "-c", "--n-ctx", type=int, metavar="N", help="prompt and answer together (default: the model's)"
     )
@@ -100,6 +97,17 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--kv-budget", type=int, default=96, metavar="N", help="default: %(default)s")
     _add_heatmap(parser)
     parser.set_defaults(run=_run)
+
+
+class _OtherMethods:
+    """Written into a help text, the methods beside the default, which the library knows: it is only loaded for that."""
+
+    def __str__(self) -> str:
+        try:
+            from edge_shiftkv.selection.methods import DEFAULT_METHOD, METHODS
+        except ImportError:
+            return "; the patched library lists the others"
+        return "".join(f", {name}" for name in METHODS if name != DEFAULT_METHOD)
 
 
 def _add_heatmap(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from edge_shiftkv.selection.methods import Method, method
 
 
 def configured(text: str) -> Method:
-    """The method that a text names. Raises PromptError."""
+    """The method that a text names. Raises SettingError."""
     name, _, settings = text.partition(":")
     found = method(name)
     pairs = (setting.split("=") for setting in settings.split(",") if setting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -25,22 +25,11 @@ _SEQUENCE = 0
 Floats = npt.NDArray[np.float32]
 
 
-class Method(IntEnum):
-    """`enum llama_shiftkv_method`."""
-
-    SHIFTKV = 0
-    STREAMING = 1
-    SNAPKV = 2
-    KEYDIFF = 3
-    EXPECTED = 4
-    RANDOM = 5
-
-
 class Params(ctypes.Structure):
     """`struct llama_shiftkv_params`."""
 
     _fields_ = [
-        ("method", ctypes.c_int),
+        ("method", ctypes.c_int32),
         ("budget", ctypes.c_uint32),
         ("n_prompt", ctypes.c_uint32),
         ("n_sink", ctypes.c_uint32),
@@ -67,6 +56,7 @@ class Info(ctypes.Structure):
     n_prompt: int
     n_kept: int
     n_layer: int
+    n_past: int
     kv_bytes_prompt: int
     kv_bytes_kept: int
 
@@ -74,6 +64,7 @@ class Info(ctypes.Structure):
         ("n_prompt", ctypes.c_uint32),
         ("n_kept", ctypes.c_uint32),
         ("n_layer", ctypes.c_uint32),
+        ("n_past", ctypes.c_int32),
         ("kv_bytes_prompt", ctypes.c_size_t),
         ("kv_bytes_kept", ctypes.c_size_t),
     ]
@@ -98,10 +89,12 @@ _context = ctypes.c_void_p
 _ints = ctypes.POINTER(ctypes.c_int32)
 _floats = ctypes.POINTER(ctypes.c_float)
 
-default_params = _function("default_params", Params, ctypes.c_int)
+default_params = _function("default_params", Params, ctypes.c_int32)
+_n_method = _function("n_method", ctypes.c_int32)
+_method_name = _function("method_name", ctypes.c_char_p, ctypes.c_int32)
+_n_query = _function("n_query", ctypes.c_int32, ctypes.POINTER(Params))
 _status_str = _function("status_str", ctypes.c_char_p, ctypes.c_int32)
 _capture = _function("capture", ctypes.c_int32, _context, llama.llama_seq_id, ctypes.c_uint32)
-_capture_end = _function("capture_end", ctypes.c_int32, _context)
 _select = _function("select", ctypes.c_int32, _context, ctypes.POINTER(Params))
 _select_scores = _function("select_scores", ctypes.c_int32, _context, ctypes.POINTER(Params), _floats, ctypes.c_size_t)
 _compact = _function("compact", ctypes.c_int32, _context, _context, llama.llama_seq_id)
@@ -116,6 +109,18 @@ _get_hidden = _function("get_hidden", ctypes.c_int32, _context, ctypes.c_int32, 
 _get_queries = _function("get_queries", ctypes.c_int32, _context, ctypes.c_int32, _floats, ctypes.c_size_t)
 _get_keys = _function("get_keys", ctypes.c_int32, _context, ctypes.c_int32, _floats, ctypes.c_size_t)
 _cache_size = _function("cache_size", ctypes.c_int64, _context)
+
+
+METHODS: dict[str, int] = {_method_name(number).decode(): number for number in range(_n_method())}
+"""The library's methods: their names, and the numbers that `Params.method` and `default_params` call them by."""
+
+Method: Any = cast(Any, IntEnum)("Method", {name.upper().replace("-", "_"): number for name, number in METHODS.items()})
+"""The same as an enum: "expected-attention" is `Method.EXPECTED_ATTENTION`."""
+
+
+def n_query(params: Params) -> int:
+    """The last queries that a selection with these parameters needs. Raises ShiftKVError when they are out of range."""
+    return _check("the KV selection has wrong parameters", _n_query, ctypes.byref(params))
 
 
 def capture(context: Context, n_query: int = 1) -> None:
@@ -153,8 +158,8 @@ def compact(context: Context, destination: Context) -> int:
         "the selected KV pairs could not be handed over",
         *(_compact, context.pointer, destination.pointer, _SEQUENCE),
     )
-    last: int = llama.llama_memory_seq_pos_max(llama.llama_get_memory(destination.pointer), _SEQUENCE)
-    return last + 1
+    # A picture at the end of the prompt takes more positions in M-RoPE than its tokens say.
+    return info(context).n_past
 
 
 def info(context: Context) -> Info:

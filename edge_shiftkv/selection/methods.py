@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from edge_shiftkv.errors import PromptError
+from edge_shiftkv.errors import SettingError
 from edge_shiftkv.native import shiftkv
 
 
@@ -50,7 +51,7 @@ class ShiftKV:
     kernel: neighbouring keys that the scores are averaged over, an odd number, at most 63; where `observed` > 0 those
         by the real queries only.
 
-    Raises PromptError when a value is out of its range.
+    Raises SettingError when a value is out of its range.
     """
 
     gamma: float = 10.0
@@ -69,17 +70,17 @@ class ShiftKV:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
-            raise PromptError(f"gamma is {self.gamma}: it has to be a finite number >= 0")
+            raise SettingError(f"gamma is {self.gamma}: it has to be a finite number >= 0")
         if not 0 < self.mass <= 1:
-            raise PromptError(f"mass is {self.mass}: it has to be in (0, 1]")
+            raise SettingError(f"mass is {self.mass}: it has to be in (0, 1]")
         groups = (16, 32) if self.n_group is None else (self.n_group,)
         if min(groups) < 1 or not 1 <= self.n_proxy <= shiftkv.MAX_PROXY or any(self.n_proxy % n for n in groups):
             multiple = f"a multiple of n_group ({self.n_group or '16 and 32'})"
-            raise PromptError(f"n_proxy is {self.n_proxy}: it has to be {multiple} and at most {shiftkv.MAX_PROXY}")
+            raise SettingError(f"n_proxy is {self.n_proxy}: it has to be {multiple} and at most {shiftkv.MAX_PROXY}")
         if min(self.n_stat, self.n_repeat) < 1 or self.n_layer_repeat < 0:
-            raise PromptError("n_stat and n_repeat have to be >= 1, n_layer_repeat >= 0")
+            raise SettingError("n_stat and n_repeat have to be >= 1, n_layer_repeat >= 0")
         if not 0 <= self.observed < 1:
-            raise PromptError(f"observed is {self.observed}: it has to be in [0, 1)")
+            raise SettingError(f"observed is {self.observed}: it has to be in [0, 1)")
         _check_at_least(0, n_sink=self.n_sink)
         _check_at_least(1, n_recent=self.n_recent)
         _check_window(self.window)
@@ -94,7 +95,7 @@ class ShiftKV:
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
         return _params(
-            shiftkv.Method.SHIFTKV,
+            "shiftkv",
             budget,
             n_proxy=self.n_proxy,
             n_group=self.n_group or (32 if architecture.startswith(("qwen2vl", "qwen3vl")) else 16),
@@ -121,7 +122,7 @@ class StreamingLLM:
 
     n_sink: first tokens that are kept, as far as the budget goes: the last token comes first.
 
-    Raises PromptError when it is out of its range.
+    Raises SettingError when it is out of its range.
     """
 
     n_sink: int = 4
@@ -136,7 +137,7 @@ class StreamingLLM:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.STREAMING, budget, n_sink=self.n_sink)
+        return _params("streamingllm", budget, n_sink=self.n_sink)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class SnapKV:
     window: last tokens of the prompt whose queries are looked at, at most 512, and whose KV pairs are kept.
     kernel: neighbouring keys that the scores are averaged over, an odd number, at most 63.
 
-    Raises PromptError when a value is out of its range.
+    Raises SettingError when a value is out of its range.
     """
 
     window: int = 32
@@ -167,7 +168,7 @@ class SnapKV:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.SNAPKV, budget, n_window=self.window, n_recent=self.window, n_pool=self.kernel)
+        return _params("snapkv", budget, n_window=self.window, n_recent=self.window, n_pool=self.kernel)
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class KeyDiff:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.KEYDIFF, budget)
+        return _params("keydiff", budget)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class ExpectedAttention:
     n_future: positions from the prompt's end on that the rotation of the queries is averaged over, at most 4096.
     n_sink: first tokens that are always kept, and whose queries and keys are left out of the statistics.
 
-    Raises PromptError when a value is out of its range.
+    Raises SettingError when a value is out of its range.
     """
 
     n_window: int = 512
@@ -213,7 +214,7 @@ class ExpectedAttention:
     def __post_init__(self) -> None:
         _check_window(self.n_window)
         if not 1 <= self.n_future <= shiftkv.MAX_PROXY:
-            raise PromptError(f"n_future is {self.n_future}: it has to be in 1 .. {shiftkv.MAX_PROXY}")
+            raise SettingError(f"n_future is {self.n_future}: it has to be in 1 .. {shiftkv.MAX_PROXY}")
         _check_at_least(0, n_sink=self.n_sink)
 
     @property
@@ -223,9 +224,7 @@ class ExpectedAttention:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(
-            shiftkv.Method.EXPECTED, budget, n_window=self.n_window, n_future=self.n_future, n_sink=self.n_sink
-        )
+        return _params("expected-attention", budget, n_window=self.n_window, n_future=self.n_future, n_sink=self.n_sink)
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class Random:
 
     seed: of the draws; the same prompt length and seed keep the same pairs.
 
-    Raises PromptError when it is out of its range.
+    Raises SettingError when it is out of its range.
     """
 
     seed: int = 0
@@ -249,56 +248,87 @@ class Random:
 
     def params(self, budget: int, architecture: str) -> shiftkv.Params:
         """See `Method`."""
-        return _params(shiftkv.Method.RANDOM, budget, seed=self.seed)
+        return _params("random", budget, seed=self.seed)
 
 
-METHODS: dict[str, Callable[[], Method]] = {
-    "mixed": lambda: ShiftKV(n_proxy=256, observed=0.5, window=8, kernel=9),
-    "paper": ShiftKV,
+@dataclass(frozen=True)
+class Published:
+    """A method by its name in the library, with its published settings: for one that has no class of its own here.
+
+    Raises SettingError when the library has no such method.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in shiftkv.METHODS:
+            raise SettingError(f"{self.name!r} is no method of the library, which has {', '.join(shiftkv.METHODS)}")
+
+    @property
+    def n_query(self) -> int:
+        """See `Method`: as the library says."""
+        return shiftkv.n_query(_params(self.name, budget=2))
+
+    def params(self, budget: int, architecture: str) -> shiftkv.Params:
+        """See `Method`."""
+        return _params(self.name, budget)
+
+
+_CONFIGURATIONS: dict[str, Callable[[], Method]] = {
     "streamingllm": StreamingLLM,
     "snapkv": SnapKV,
     "keydiff": KeyDiff,
     "expected-attention": ExpectedAttention,
     "random": Random,
 }
-"""The methods by name. "paper" is MM-ShiftKV as published; "mixed" gives a share of its budget to what the last real
-queries attend to, which docs/quality.md found better; the others have their own defaults."""
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "mixed": lambda: ShiftKV(n_proxy=256, observed=0.5, window=8, kernel=9),
+    "paper": ShiftKV,
+    **{
+        name: _CONFIGURATIONS.get(name, functools.partial(Published, name))
+        for name in shiftkv.METHODS
+        if name != "shiftkv"
+    },
+}
+"""The methods by name: those of the library. "paper" is MM-ShiftKV as published; "mixed" gives a share of its budget to
+what the last real queries attend to, which docs/quality.md found better; the others have their own defaults."""
 
 DEFAULT_METHOD = "mixed"
 
 
 def method(name: str) -> Method:
-    """The method of a name in `METHODS`. Raises PromptError for another."""
+    """The method of a name in `METHODS`. Raises SettingError for another."""
     if name not in METHODS:
-        raise PromptError(f"KV method {name!r} is not known: use one of {', '.join(METHODS)}")
+        raise SettingError(f"KV method {name!r} is not known: use one of {', '.join(METHODS)}")
     return METHODS[name]()
 
 
-def _params(kind: shiftkv.Method, budget: int, **settings: Any) -> shiftkv.Params:
+def _params(name: str, budget: int, **settings: Any) -> shiftkv.Params:
     """The published settings of a method but for the budget and `settings`."""
-    params: shiftkv.Params = shiftkv.default_params(kind)
+    params: shiftkv.Params = shiftkv.default_params(shiftkv.METHODS[name])
     params.budget = budget
-    for name, value in settings.items():
-        setattr(params, name, value)
+    for setting, value in settings.items():
+        setattr(params, setting, value)
     return params
 
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 1 << 32:
-        raise PromptError(f"seed is {seed}: it has to be in [0, 2**32)")
+        raise SettingError(f"seed is {seed}: it has to be in [0, 2**32)")
 
 
 def _check_window(window: int) -> None:
     if not 1 <= window <= shiftkv.MAX_QUERY:
-        raise PromptError(f"the window is {window}: it has to be in 1 .. {shiftkv.MAX_QUERY}")
+        raise SettingError(f"the window is {window}: it has to be in 1 .. {shiftkv.MAX_QUERY}")
 
 
 def _check_kernel(kernel: int) -> None:
     if kernel % 2 != 1 or not 1 <= kernel <= shiftkv.MAX_POOL:
-        raise PromptError(f"kernel is {kernel}: it has to be an odd number in 1 .. {shiftkv.MAX_POOL}")
+        raise SettingError(f"kernel is {kernel}: it has to be an odd number in 1 .. {shiftkv.MAX_POOL}")
 
 
 def _check_at_least(lowest: int, **values: int) -> None:
     for name, value in values.items():
         if not lowest <= value < 1 << 32:
-            raise PromptError(f"{name} is {value}: it has to be >= {lowest}")
+            raise SettingError(f"{name} is {value}: it has to be >= {lowest}")

@@ -10,7 +10,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 from support import native
-from support.cases import GEMMA3, Case, Load, open_context, selected
+from support.cases import GEMMA3, MAMBA, Case, Load, open_context, selected
 from support.gguf_random import Spec
 from support.native import (
     ARGUMENT,
@@ -29,13 +29,10 @@ from support.native import (
 )
 from support.prompts import text
 
+from edge_shiftkv.native.shiftkv import METHODS
+
 N_PROMPT = 60
 SPEC = Spec(n_layer=2, n_embd=64)
-MAMBA = Spec(
-    "mamba",
-    n_embd=64,
-    meta={"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 4},
-)
 
 
 @pytest.fixture
@@ -113,7 +110,7 @@ def test_capture_of_too_many_or_no_queries(context: Context, n_query: int) -> No
         {"observed": 0.5, "n_window": 0},
         {"observed": 0.5, "n_window": 2},
         {"method": -1},
-        {"method": 6},
+        {"method": len(METHODS)},
         {"n_recent": 0},
         {"n_pool": 0},
         {"n_pool": 4},
@@ -124,10 +121,10 @@ def test_capture_of_too_many_or_no_queries(context: Context, n_query: int) -> No
         {"method": Method.SNAPKV, "n_window": 0},
         {"method": Method.SNAPKV, "n_window": 2},
         {"method": Method.SNAPKV, "n_window": 1, "n_prompt": N_PROMPT - 1},
-        {"method": Method.EXPECTED, "n_window": 0},
-        {"method": Method.EXPECTED, "n_window": 2},
-        {"method": Method.EXPECTED, "n_window": 1, "n_future": 0},
-        {"method": Method.EXPECTED, "n_window": 1, "n_future": 4097},
+        {"method": Method.EXPECTED_ATTENTION, "n_window": 0},
+        {"method": Method.EXPECTED_ATTENTION, "n_window": 2},
+        {"method": Method.EXPECTED_ATTENTION, "n_window": 1, "n_future": 0},
+        {"method": Method.EXPECTED_ATTENTION, "n_window": 1, "n_future": 4097},
     ],
     ids=str,
 )

@@ -8,11 +8,12 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
-from support.cases import GEMMA2, GEMMA3, QWEN2VL, SMALL_WINDOWS, Case, Load, selected
+from support import selection
+from support.cases import FEW, GEMMA2, GEMMA3, QWEN2VL, SMALL_WINDOWS, Case, Load, selected
 from support.gguf_random import Spec
 from support.kv_state import Cells
-from support.native import NO_SPACE, OK, Context, Model, params
-from support.prompts import text
+from support.native import GPU_LAYERS, NO_SPACE, OK, Chunk, Context, Model, params
+from support.prompts import image, text
 
 N_PROMPT = 120
 BUDGET = 40
@@ -233,3 +234,68 @@ def test_in_place_leaves_windows_alone(load: Load) -> None:
         check_arrived(source, kept, full)
         for rows, rows_after in zip(window.k + window.v, window_after.k + window_after.v, strict=True):
             assert np.array_equal(rows.raw, rows_after.raw)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("n_prompt", [20, 100, 400])
+def test_windows_that_one_long_sequence_fills(load: Load, n_prompt: int) -> None:
+    """What it no longer sees makes room, as for tokens that are decoded; both sequences go on as they do there."""
+    model = load(GEMMA3)
+    options: dict[str, Any] = {"type_k": "f16", "n_seq_max": 4, "n_ubatch": 32, **SMALL_WINDOWS}
+    with (
+        Context(model, 1024, **options) as context,
+        Context(model, 2048, **options) as destination,
+        Context(model, 2048, **options) as expected,
+    ):
+        for one in (destination, expected):
+            one.decode(text(1000, 1), 0, seq=0)
+        assert context.capture() == OK
+        context.decode(text(n_prompt), 0)
+        assert context.select(params(n_prompt)) == OK
+        for seq in (1, 2):
+            assert context.compact(destination, seq) == OK
+            expected.decode(text(n_prompt), 0, seq)
+            # No gaps: of what the long sequence holds, what is older than the oldest pair it lost is gone, too.
+            first = llama.llama_memory_seq_pos_min(destination.memory, 0)
+            assert 1000 - first <= 256 - seq * min(n_prompt, 31)
+        for seq, position in ((1, n_prompt), (2, n_prompt), (0, 1000)):
+            logits = [
+                [one.decode([t], position + i, seq) for i, t in enumerate(text(3, 4))]
+                for one in (destination, expected)
+            ]
+            assert logits[0] == pytest.approx(np.array(logits[1]), abs=2e-2 if GPU_LAYERS else 1e-3)
+
+
+@pytest.mark.device
+def test_windows_with_room_elsewhere_stay(load: Load) -> None:
+    """Nothing is taken from another sequence where there are empty cells."""
+    model = load(GEMMA3)
+    options: dict[str, Any] = {"type_k": "f16", "n_seq_max": 4, "n_ubatch": 32, **SMALL_WINDOWS}
+    with Context(model, 512, **options) as context, Context(model, 512, **options) as destination:
+        destination.decode(text(150, 1), 0, seq=0)
+        before = destination.state(0)
+        assert llama.llama_memory_seq_pos_min(destination.memory, 0) == 0
+        prefilled(context)
+        assert context.compact(destination, 1) == OK
+        assert destination.state(0) == before
+        assert llama.llama_memory_seq_pos_min(destination.memory, 0) == 0
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(("nx", "ny"), [(10, 10), (12, 3), (3, 12), (1, 1)])
+def test_a_prompt_that_ends_in_a_picture(load: Load, nx: int, ny: int) -> None:
+    """In M-RoPE the position after it is that after its rows and columns; proxies and decoding go on there."""
+    model = load(QWEN2VL)
+    prompt: list[Chunk] = [text(40, 1), image(nx, ny, QWEN2VL.n_embd_image, 2)]
+    n_past, n_prompt = 40 + max(nx, ny), 40 + nx * ny
+    with Context(model, type_k="f32") as context, Context(model, type_k="f32") as small:
+        assert context.capture() == OK
+        assert context.prefill(prompt) == n_past
+        assert context.select(selection.native_params(FEW, 30)) == OK
+        assert context.info().n_past == n_past
+        assert selection.problems(context, selection.bounds(context, FEW, n_past), 30) == []
+        assert context.select(params(n_prompt)) == OK
+        assert context.compact(small) == OK
+        assert context.info().n_past == n_past
+        expected = context.decode(text(1, 4), n_past)
+        assert small.decode(text(1, 4), n_past) == pytest.approx(expected, abs=2e-2 if GPU_LAYERS else 1e-3)

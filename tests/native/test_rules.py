@@ -115,7 +115,7 @@ def test_the_largest_graph(load: Load) -> None:
     with open_context(load(IN_CHUNKS), Case("", flash=True, context={"n_ctx": 5376})) as context:
         assert context.capture(n_query=511) == OK
         context.decode(text(5003), 0)
-        assert context.select(params(40, Method.EXPECTED, n_window=511, n_future=4095)) == OK
+        assert context.select(params(40, Method.EXPECTED_ATTENTION, n_window=511, n_future=4095)) == OK
         assert context.select(params(40, Method.KEYDIFF)) == OK
 
 
@@ -326,7 +326,7 @@ def test_windows_that_have_moved_on(load: Load) -> None:
     with full_capture(load(GEMMA3), case) as context, open_context(load(GEMMA3), case) as other:
         for n_more, status in ((3, OK), (300, STALE)):
             context.decode(text(n_more, 5), context.last_position() + 1)
-            assert context.select(params(40, Method.STREAMING, n_prompt=400)) == OK
+            assert context.select(params(40, Method.STREAMINGLLM, n_prompt=400)) == OK
             assert context.compact(other) == status
         assert context.compact() == STALE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.cases import GEMMA3, SMALL_WINDOWS, Case, Load, selected
+from support.cases import GEMMA3, MAMBA, SMALL_WINDOWS, Case, Load, selected
 from support.gguf_random import Spec
 from support.native import ARGUMENT, UNSUPPORTED, Context, c_cache_size
 
@@ -39,8 +39,9 @@ def test_cache_size_with_windows(load: Load) -> None:
 
 def test_cache_size_without_a_kv_cache(load: Load) -> None:
     assert c_cache_size(None) == ARGUMENT
-    with Context(load(Spec("llada"))) as context:
-        assert context.cache_size() == UNSUPPORTED
+    for spec in (Spec("llada"), MAMBA):  # no memory; states
+        with Context(load(spec)) as context:
+            assert context.cache_size() == UNSUPPORTED
 
 
 @pytest.mark.device

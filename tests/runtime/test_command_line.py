@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from edge_shiftkv import Runtime, cli
+from edge_shiftkv.selection.methods import METHODS
 
 PROMPT = "What is on the picture? " * 3
 
@@ -98,6 +99,15 @@ def test_errors_are_one_line(run, arguments, message):
     assert err.startswith("edge-shiftkv run: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_help_lists_the_librarys_methods(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"how: mixed (default), paper, {', '.join(name for name in METHODS if name not in ('mixed', 'paper'))}" in text
+    )
 
 
 def test_ctrl_c_ends_without_a_traceback(run, monkeypatch):

@@ -41,6 +41,12 @@ def test_the_commands_name_it_in_one_line(python):
     assert result.stderr.count("\n") == 1
 
 
+def test_the_help_does_without_it(python):
+    result = python(str(ROOT / "edge_shiftkv_cli.py"), "run", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "mixed (default); the patched library lists the others" in " ".join(result.stdout.split())
+
+
 def test_the_builder_starts(python):
     result = python(str(ROOT / "edge_shiftkv_cli.py"), "build", "--help")
     assert (result.returncode, result.stderr) == (0, "")

@@ -2,12 +2,13 @@ import math
 
 import pytest
 
-from edge_shiftkv import PromptError, ShiftKV
+from edge_shiftkv import SettingError, ShiftKV
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.selection.methods import (
     METHODS,
     ExpectedAttention,
     KeyDiff,
+    Published,
     Random,
     SnapKV,
     StreamingLLM,
@@ -23,10 +24,10 @@ def values(params):
     ("configuration", "kind"),
     [
         (ShiftKV, shiftkv.Method.SHIFTKV),
-        (StreamingLLM, shiftkv.Method.STREAMING),
+        (StreamingLLM, shiftkv.Method.STREAMINGLLM),
         (SnapKV, shiftkv.Method.SNAPKV),
         (KeyDiff, shiftkv.Method.KEYDIFF),
-        (ExpectedAttention, shiftkv.Method.EXPECTED),
+        (ExpectedAttention, shiftkv.Method.EXPECTED_ATTENTION),
         (Random, shiftkv.Method.RANDOM),
     ],
 )
@@ -107,21 +108,41 @@ def test_every_parameter_reaches_the_library():
     ],
 )
 def test_parameters_out_of_range(configuration, parameter):
-    with pytest.raises(PromptError, match="to be"):
+    with pytest.raises(SettingError, match="to be"):
         configuration(**parameter)
 
 
 def test_methods_by_name():
-    assert [type(method(name)) for name in METHODS] == [
-        ShiftKV,
-        ShiftKV,
-        StreamingLLM,
-        SnapKV,
-        KeyDiff,
-        ExpectedAttention,
-        Random,
-    ]
+    assert {name: type(method(name)) for name in METHODS} == {
+        "mixed": ShiftKV,
+        "paper": ShiftKV,
+        "streamingllm": StreamingLLM,
+        "snapkv": SnapKV,
+        "keydiff": KeyDiff,
+        "expected-attention": ExpectedAttention,
+        "random": Random,
+    }
     assert method("paper") == ShiftKV()
+
+
+def test_the_methods_are_those_of_the_library():
+    """A rule that only the library knows would be one by its name."""
+    assert set(METHODS) == {*shiftkv.METHODS, "mixed", "paper"} - {"shiftkv"}
+    assert list(shiftkv.METHODS) == sorted(shiftkv.METHODS)
+    assert list(shiftkv.METHODS.values()) == list(range(len(shiftkv.METHODS)))
+    assert {member.name for member in shiftkv.Method} == {name.upper().replace("-", "_") for name in shiftkv.METHODS}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("mixed", "paper")])
+def test_a_method_without_settings_of_its_own_needs_no_class(name):
+    configured, published = method(name), Published(name)
+    assert values(published.params(64, "llama")) == values(configured.params(64, "llama"))
+    assert published.n_query == configured.n_query
+
+
+def test_no_method_of_the_library():
+    with pytest.raises(SettingError, match=r"'h2o' is no method of the library, which has .*snapkv"):
+        Published("h2o")
 
 
 def test_the_papers_settings_by_name():
@@ -130,5 +151,5 @@ def test_the_papers_settings_by_name():
 
 
 def test_unknown_names_say_which_there_are():
-    with pytest.raises(PromptError, match=r"'snap' is not known: use one of mixed, paper, .*snapkv"):
+    with pytest.raises(SettingError, match=r"'snap' is not known: use one of mixed, paper, .*snapkv"):
         method("snap")

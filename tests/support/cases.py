@@ -53,6 +53,12 @@ QWEN3VL = Spec("qwen3vl", meta={"rope.dimension_sections": [6, 5, 5, 0], "n_deep
 GEMMA2 = Spec("gemma2", n_layer=6, meta={"attention.sliding_window": 32, "attn_logit_softcapping": 20.0})
 GEMMA3 = Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 32, "attention.sliding_window_pattern": 2})
 
+MAMBA = Spec(
+    "mamba",
+    n_embd=64,
+    meta={"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 4},
+)
+
 ARCHITECTURES = [
     Case("llama-mha", MHA, Settings()),
     Case("llama-gqa", Spec(), Settings()),

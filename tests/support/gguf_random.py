@@ -25,10 +25,16 @@ BOS, EOS = 1, 2
 RMS_EPS = 1e-5
 
 _BIAS = frozenset({"qwen2", "qwen2vl"})
-_QK_NORM = frozenset({"qwen3", "qwen3vl", "gemma3"})
-_POST_NORM = frozenset({"gemma2", "gemma3"})
-_FUSED = frozenset({"phi3", "mpt"})
-_TIED = frozenset({"gemma2"})
+_QK_NORM = frozenset({"qwen3", "qwen3vl", "gemma3", "gemma4", "openelm", "exaone4"})
+_POST_NORM = frozenset({"gemma2", "gemma3", "gemma4", "exaone4"})
+_FUSED = frozenset({"phi3", "mpt", "openelm", "falcon", "gpt2", "starcoder"})
+_TIED = frozenset({"gemma2", "openelm", "cohere2"})
+_LEARNED_POSITIONS = frozenset({"gpt2", "starcoder"})
+_NORM_BIAS = frozenset({"falcon", "gpt2", "starcoder"})
+_ALL_BIAS = frozenset({"gpt2", "starcoder"})
+_NO_ATTENTION_NORM = frozenset({"exaone4"})
+_NO_FFN_NORM = frozenset({"falcon", "cohere2", "exaone4"})
+_NO_GATE = frozenset({"mpt", "phi3", "falcon", "gpt2", "starcoder"})
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,21 @@ class Spec:
     """Standard deviation of the entries of queries and keys, but for a q-norm."""
     weight_type: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
     """Of the attention's projections."""
+    kv_heads: tuple[int, ...] = ()
+    """KV heads by layer, where they differ. A layer without any has no attention (DeciLM)."""
     rope_factors: bool = False
     """Whether the frequencies have factors of their own, as Llama 3's."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer_kv_heads(self, il: int) -> int:
+        """KV heads of a layer."""
+        return self.kv_heads[il] if self.kv_heads else self.n_head_kv
+
+    def layer_d_head(self, il: int) -> int:
+        """The size of a layer's heads; in Gemma 4 window layers have their own."""
+        if "attention.key_length_swa" not in self.meta or not self.meta["attention.sliding_window_pattern"][il]:
+            return self.d_head
+        return int(self.meta["attention.key_length_swa"])
 
     @property
     def n_embd_image(self) -> int:
@@ -93,7 +111,7 @@ def _metadata(spec: Spec) -> dict[str, Any]:
         "block_count": spec.n_layer,
         "feed_forward_length": spec.n_ff,
         "attention.head_count": spec.n_head,
-        "attention.head_count_kv": spec.n_head_kv,
+        "attention.head_count_kv": spec.kv_heads or spec.n_head_kv,
         "attention.key_length": spec.d_head,
         "attention.value_length": spec.d_head,
         "attention.layer_norm_rms_epsilon": RMS_EPS,
@@ -140,24 +158,35 @@ def _tensors(spec: Spec) -> Iterator[Tensor]:
         yield from _t5(spec)
         return
     yield "token_embd.weight", (N_VOCAB, spec.n_embd), "embd"
-    yield "output_norm.weight", (spec.n_embd,), "norm"
+    if spec.arch in _LEARNED_POSITIONS:
+        yield "position_embd.weight", (4096, spec.n_embd), "linear"
+    yield from _norm("output_norm", spec.n_embd, spec)
     if spec.arch not in _TIED:
         yield "output.weight", (N_VOCAB, spec.n_embd), "linear"
     if spec.rope_factors:
         yield "rope_freqs.weight", (spec.d_head // 2,), "factor"
     for il in range(spec.n_layer):
-        layer = _mamba_layer(spec) if spec.arch == "mamba" else _layer(spec)
+        layer = _mamba_layer(spec) if spec.arch == "mamba" else _layer(spec, il)
         for name, shape, kind in layer:
             yield f"blk.{il}.{name}", shape, kind
 
 
-def _layer(spec: Spec) -> Iterator[Tensor]:
-    n_embd, n_ff, d = spec.n_embd, spec.n_ff, spec.d_head
-    n_q, n_kv = spec.n_head * d, spec.n_head_kv * d
-    yield "attn_norm.weight", (n_embd,), "norm"
+def _norm(name: str, size: int, spec: Spec) -> Iterator[Tensor]:
+    yield f"{name}.weight", (size,), "norm"
+    if spec.arch in _NORM_BIAS:
+        yield f"{name}.bias", (size,), "bias"
+
+
+def _layer(spec: Spec, il: int) -> Iterator[Tensor]:
+    n_embd, n_ff, d, n_head_kv = spec.n_embd, spec.n_ff, spec.layer_d_head(il), spec.layer_kv_heads(il)
+    n_q, n_kv = spec.n_head * d, n_head_kv * d
+    if spec.arch not in _NO_ATTENTION_NORM:
+        yield from _norm("attn_norm", n_embd, spec)
     if spec.arch in _FUSED:
         yield "attn_qkv.weight", (n_q + 2 * n_kv, n_embd), "qk"
-    else:
+        if spec.arch in _ALL_BIAS:
+            yield "attn_qkv.bias", (n_q + 2 * n_kv,), "bias"
+    elif n_head_kv:
         yield "attn_q.weight", (n_q, n_embd), "qk"
         yield "attn_k.weight", (n_kv, n_embd), "qk"
         yield "attn_v.weight", (n_kv, n_embd), "v"
@@ -168,21 +197,24 @@ def _layer(spec: Spec) -> Iterator[Tensor]:
     if spec.arch in _QK_NORM:
         yield "attn_q_norm.weight", (d,), "qk_norm"
         yield "attn_k_norm.weight", (d,), "qk_norm"
-    yield "attn_output.weight", (n_embd, n_q), "linear"
+    yield "attn_output.weight", (n_embd, n_q if n_head_kv else n_embd), "linear"
+    if spec.arch in _ALL_BIAS:
+        yield "attn_output.bias", (n_embd,), "bias"
     if spec.arch in _POST_NORM:
         yield "post_attention_norm.weight", (n_embd,), "norm"
         yield "post_ffw_norm.weight", (n_embd,), "norm"
     if spec.arch == "gpt-oss":
         yield from _experts_with_sinks(spec)
         return
-    yield "ffn_norm.weight", (n_embd,), "norm"
-    if spec.arch == "phi3":
-        yield "ffn_up.weight", (2 * n_ff, n_embd), "linear"
-    else:
-        yield "ffn_up.weight", (n_ff, n_embd), "linear"
-        if spec.arch != "mpt":
-            yield "ffn_gate.weight", (n_ff, n_embd), "linear"
+    if spec.arch not in _NO_FFN_NORM:
+        yield from _norm("ffn_norm", n_embd, spec)
+    yield "ffn_up.weight", ((2 if spec.arch == "phi3" else 1) * n_ff, n_embd), "linear"
+    if spec.arch not in _NO_GATE:
+        yield "ffn_gate.weight", (n_ff, n_embd), "linear"
     yield "ffn_down.weight", (n_embd, n_ff), "linear"
+    if spec.arch in _ALL_BIAS:
+        yield "ffn_up.bias", (n_ff,), "bias"
+        yield "ffn_down.bias", (n_embd,), "bias"
 
 
 def _experts_with_sinks(spec: Spec) -> Iterator[Tensor]:

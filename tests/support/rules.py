@@ -37,11 +37,11 @@ class View:
 
     def keys(self) -> Array:
         """[Hkv, T, d]."""
-        return self.context.cells(self.seq)[0].k[self.index].values(self.context.model.spec.n_head_kv)
+        return self.context.cells(self.seq)[0].k[self.index].values(self.context.model.spec.layer_kv_heads(self.layer))
 
     def values(self) -> Array:
         """[Hkv, T, d]."""
-        return self.context.cells(self.seq)[0].v[self.index].values(self.context.model.spec.n_head_kv)
+        return self.context.cells(self.seq)[0].v[self.index].values(self.context.model.spec.layer_kv_heads(self.layer))
 
 
 Score = Callable[[View, Mapping[str, int]], tuple[Array, Array]]
@@ -67,11 +67,12 @@ def chance(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
 def snapkv(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
     """The mean attention of the last queries, each over the keys up to its own."""
     weights, keys = view.context.model.weights, view.keys()
-    queries = selection.rounded(view.context.queries(view.layer)[-settings["n_window"] :], view.context.type_k)
+    queries = weights.kq_scale * view.context.queries(view.layer)[-settings["n_window"] :]
+    queries = selection.rounded(queries, view.context.type_k)
     rows = []
     for query, n_seen in zip(queries, range(keys.shape[1] - len(queries) + 1, keys.shape[1] + 1), strict=True):
         row = np.zeros(keys.shape[:2])
-        seen = reference.attention(query[None], keys[:, :n_seen], weights.kq_scale, weights.soft_cap)
+        seen = reference.attention(query[None], keys[:, :n_seen], 1.0, weights.soft_cap)
         row[:, :n_seen] = seen[0]
         rows.append(row)
     scores = np.mean(rows, axis=0)
@@ -95,7 +96,7 @@ def expected(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
     n_sink = min(settings["n_sink"], n_key - 1)
     hidden = context.hidden(view.layer)[-min(settings["n_window"], n_key - n_sink) :].astype(np.float64)
     positions = view.n_past + np.arange(settings["n_future"])
-    queries = np.mean(
+    queries = weights.kq_scale * np.mean(
         [weights.queries(view.layer, hidden, np.full(len(hidden), p), rotated=context.rotated) for p in positions],
         axis=0,
     )
@@ -105,7 +106,7 @@ def expected(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
         k = keys[head * n_head_kv // queries.shape[1], n_sink:]
         centred = selection.rounded(queries[:, head] - mean[head], context.type_k)
         linear = k @ selection.rounded(mean[head : head + 1], context.type_k)[0]
-        logits.append(weights.kq_scale * linear + weights.kq_scale**2 / 2 * np.mean((centred @ k.T) ** 2, axis=0))
+        logits.append(linear + np.mean((centred @ k.T) ** 2, axis=0) / 2)
     attention = np.exp(logits - np.max(logits, axis=1, keepdims=True))
     attention /= attention.sum(axis=1, keepdims=True)
     scores = np.zeros((n_head_kv, n_key))
@@ -130,10 +131,10 @@ class Rule:
 
 
 SNAPKV = Rule("snapkv", Method.SNAPKV, snapkv, 16, {"n_window": 16, "n_recent": 16})
-EXPECTED = Rule("expected", Method.EXPECTED, expected, 40, {"n_window": 40, "n_future": 100})
+EXPECTED = Rule("expected", Method.EXPECTED_ATTENTION, expected, 40, {"n_window": 40, "n_future": 100})
 
 RULES = [
-    Rule("streaming", Method.STREAMING, streaming),
+    Rule("streaming", Method.STREAMINGLLM, streaming),
     SNAPKV,
     Rule("keydiff", Method.KEYDIFF, keydiff),
     EXPECTED,

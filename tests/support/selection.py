@@ -33,16 +33,19 @@ def rankings(context: Context, settings: Settings, n_past: int, seq: int = 0) ->
     weights = context.model.weights
     cells = context.cells(seq)[0]
     for index, layer in enumerate(context.layers()):
-        k = cells.k[index].values(weights.spec.n_head_kv)
+        k = cells.k[index].values(weights.spec.layer_kv_heads(layer))
         last_hidden = context.hidden(layer)[-1].astype(np.float64)
         stats = context.stats(layer, settings.n_stat)
         repeat = index < settings.n_layer_repeat
         hidden, positions, n_group = reference.proxies(settings, stats, last_hidden, n_past, repeat)
         hidden = np.concatenate([hidden, last_hidden[None]])
         positions = np.append(positions, n_past - 1)
+        if context.model.n_pos > 1:  # in M-RoPE the last token may be an image's, which has a row and a column
+            positions = np.repeat(positions[:, None], 3, axis=1)
+            positions[-1] = cells.positions[-1]
         queries = weights.queries(layer, hidden, positions, rotated=context.rotated)
-        queries = rounded(queries, context.type_k)
-        attention = reference.attention(queries, k, weights.kq_scale, weights.soft_cap)
+        queries = rounded(weights.kq_scale * queries, context.type_k)
+        attention = reference.attention(queries, k, 1.0, weights.soft_cap)
         yield layer, reference.rank(attention[:-1], attention[-1], n_group)
 
 

@@ -12,9 +12,10 @@ import scipy.linalg
 from support.gguf_random import RMS_EPS, Spec
 from support.reference import Array, Ints
 
-_ROPE_PAIRS_ADJACENT = frozenset({"llama"})
+_ROPE_PAIRS_ADJACENT = frozenset({"llama", "deci", "smollm3"})
+_NO_ROPE = frozenset({"gpt2", "starcoder", "cohere2"})  # of Cohere 2 the layers that see everything
 _SCALED_QUERIES = frozenset({"phi3", "gemma2", "gemma3"})
-_FUSED = frozenset({"phi3"})
+_FUSED = frozenset({"phi3", "openelm", "falcon", "gpt2", "starcoder"})
 
 
 def rms_norm(x: Array, weight: Array | None = None) -> Array:
@@ -54,7 +55,7 @@ class Weights:
     @property
     def kq_scale(self) -> float:
         """What attention multiplies q.k with; 1 where the query path has done it."""
-        return 1.0 if self.spec.arch in _SCALED_QUERIES else self.spec.d_head**-0.5
+        return 1.0 if self.spec.arch in _SCALED_QUERIES | {"gemma4"} else self.spec.d_head**-0.5
 
     @property
     def soft_cap(self) -> float:
@@ -77,13 +78,22 @@ class Weights:
         q = hidden @ weight.T
         if self.has(f"blk.{il}.attn_q.bias"):
             q = q + self.layer(il, "attn_q.bias")
+        if self.has(f"blk.{il}.attn_qkv.bias"):
+            q = q + self.layer(il, "attn_qkv.bias")[:n_q]
         q = q.reshape(len(q), spec.n_head, spec.d_head)
         if self.has(f"blk.{il}.attn_q_norm.weight"):
             q = rms_norm(q, self.layer(il, "attn_q_norm.weight"))
-        q = self.rope(q, positions)
+        if self.has_rope(il):
+            q = self.rope(q, positions)
         if spec.arch in _SCALED_QUERIES:
             q = q * spec.d_head**-0.5
         return rotate(q) if rotated else q
+
+    def has_rope(self, il: int) -> bool:
+        """Whether layer `il`, of those that see everything, rotates its queries."""
+        arch = self.spec.arch
+        every_fourth = arch == "smollm3" or (arch == "exaone4" and self.spec.n_layer == 64)
+        return arch not in _NO_ROPE and not (every_fourth and il % 4 == 3)
 
     def rope(self, x: Array, positions: Ints) -> Array:
         """Rotate x [n, head, d] by its positions."""

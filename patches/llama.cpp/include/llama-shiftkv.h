@@ -8,9 +8,9 @@
 //
 // Cut the KV cache of a prompt to a budget, once, after prefill: by MM-ShiftKV, or by one of the methods it is compared with
 //
-//   llama_shiftkv_params params = llama_shiftkv_default_params(LLAMA_SHIFTKV_METHOD_SHIFTKV);
+//   llama_shiftkv_params params = llama_shiftkv_default_params(method); // a number whose llama_shiftkv_method_name() is "shiftkv"
 //
-//   llama_shiftkv_capture(ctx, seq_id, 1);          // before the prompt is decoded
+//   llama_shiftkv_capture(ctx, seq_id, llama_shiftkv_n_query(&params)); // before the prompt is decoded
 //   llama_decode(ctx, ...);                         // the prompt: any number of calls, of text and of image embeddings
 //   llama_shiftkv_select(ctx, &params);             // rank the prompt's KV pairs: per layer and per KV head
 //   llama_shiftkv_compact(ctx, ctx_dst, seq_dst);   // hand the kept pairs over: ctx_dst may be ctx itself or a smaller context
@@ -18,12 +18,15 @@
 //
 // A prompt may be selected from any number of times, and each selection be handed over to another context.
 //
-// Decoding goes on in ctx_dst at position llama_memory_seq_pos_max(seq_dst) + 1. Every function returns LLAMA_SHIFTKV_OK, a count
-// (>= 0), or one of the negative codes below; none of them aborts on wrong arguments.
+// Decoding goes on in ctx_dst at the position llama_shiftkv_info.n_past. Every function that returns a number returns
+// LLAMA_SHIFTKV_OK, a count (>= 0), or one of the negative codes below; none of them aborts on wrong arguments, none throws.
+// As with the rest of llama.h, one thread at a time may use a context, and so the two contexts of a hand-over.
 //
 // In a compacted sequence a cell stands for another prompt token in every layer and KV head. The kept pairs keep the rotary phase
 // of their own tokens; the cells carry the positions of the prompt's last tokens, so that everything decoded later sees all of
 // them and llama_memory_seq_rm() takes back generated tokens as usual. Only the last cell is the same token everywhere.
+// A context shift that is to protect the first tokens (removes positions after them and moves the rest) protects none here: the
+// cells of the lowest positions hold other tokens in every layer and KV head.
 //
 
 #ifdef __cplusplus
@@ -36,43 +39,41 @@ enum llama_shiftkv_status {
     LLAMA_SHIFTKV_ERR_UNSUPPORTED   = -2, // this model or context has a memory or an attention that can't be cut (the log says which)
     LLAMA_SHIFTKV_ERR_NOT_CAPTURING = -3, // llama_shiftkv_capture() was not called before the prompt
     LLAMA_SHIFTKV_ERR_EMPTY         = -4, // the captured sequence holds no tokens
-    LLAMA_SHIFTKV_ERR_STALE         = -5, // the sequence's last token was not captured, or the cache has changed since the selection
+    LLAMA_SHIFTKV_ERR_STALE         = -5, // the sequence's last token was not captured, or the cache has changed since (also by
+                                          // another sequence's tokens or a loaded state in the same place)
     LLAMA_SHIFTKV_ERR_NO_SELECTION  = -6, // llama_shiftkv_select() has not succeeded yet
     LLAMA_SHIFTKV_ERR_MISMATCH      = -7, // the destination is of another model, or stores its KV pairs differently
     LLAMA_SHIFTKV_ERR_NO_SPACE      = -8, // the destination has too few free cells, or the buffer passed in is too small
     LLAMA_SHIFTKV_ERR_COMPUTE       = -9, // out of memory, or a backend failed; the destination sequence is empty
 };
 
-// How the keys of a layer's KV head are ranked.
-enum llama_shiftkv_method {
-    // by the attention of proxies of the queries to come. Shu, Wu, Xie, Wang, Shou, "MM-ShiftKV: Decode-Aware Prefill-Stage KV
-    // Selection for Multimodal Large Language Models", Findings of ACL 2026 (2026.findings-acl.1447)
-    LLAMA_SHIFTKV_METHOD_SHIFTKV = 0,
+//
+// The methods: how the keys of a layer's KV head are ranked. They have names, and numbers from 0 on, by which params call them; a
+// number stands for the same method in one build of the library only.
+//
+//   shiftkv             by the attention of proxies of the queries to come. Shu, Wu, Xie, Wang, Shou, "MM-ShiftKV: Decode-Aware
+//                       Prefill-Stage KV Selection for Multimodal Large Language Models", Findings of ACL 2026
+//                       (2026.findings-acl.1447)
+//   streamingllm        the first tokens and the last. Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+//                       arXiv:2309.17453
+//   snapkv              by the attention of the last queries, causal among themselves. Li et al., "SnapKV: LLM Knows What You are
+//                       Looking for Before Generation", arXiv:2404.14469
+//   keydiff             by how little a key looks like the others: minus its cosine similarity with the mean of the normalised
+//                       keys. Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
+//                       Resource-Constrained Environments", arXiv:2504.15364
+//   expected-attention  by the attention to be expected of normally distributed queries at the positions to come, times the norm
+//                       of the value. Devoto, Jeblick, Jegou, "Expected Attention: KV Cache Compression by Estimating Attention
+//                       from Future Queries Distribution", arXiv:2510.00636; but mean and covariance are those of the last
+//                       n_window queries (there: of all of the prompt), and a cap of the logits (Gemma 2) is left out
+//   random              by chance
+//
 
-    // the first tokens and the last. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453
-    LLAMA_SHIFTKV_METHOD_STREAMING = 1,
-
-    // by the attention of the last queries, causal among themselves. Li et al., "SnapKV: LLM Knows What You are Looking for Before
-    // Generation", arXiv:2404.14469
-    LLAMA_SHIFTKV_METHOD_SNAPKV = 2,
-
-    // by how little a key looks like the others: minus its cosine similarity with the mean of the normalised keys. Park et al.,
-    // "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained Environments",
-    // arXiv:2504.15364
-    LLAMA_SHIFTKV_METHOD_KEYDIFF = 3,
-
-    // by the attention to be expected of normally distributed queries at the positions to come, times the norm of the value. Devoto,
-    // Jeblick, Jegou, "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
-    // arXiv:2510.00636; but mean and covariance are those of the last n_window queries (there: of all of the prompt), and a cap of
-    // the logits (Gemma 2) is left out
-    LLAMA_SHIFTKV_METHOD_EXPECTED = 4,
-
-    // by chance
-    LLAMA_SHIFTKV_METHOD_RANDOM = 5,
-};
+// How many methods there are, and the name of one; null if there is none of that number.
+LLAMA_API int32_t      llama_shiftkv_n_method(void);
+LLAMA_API const char * llama_shiftkv_method_name(int32_t method);
 
 struct llama_shiftkv_params {
-    enum llama_shiftkv_method method;
+    int32_t  method;
 
     // of every method
     uint32_t budget;         // C: KV pairs kept per layer and KV head, those always kept included (>= 2)
@@ -89,7 +90,7 @@ struct llama_shiftkv_params {
 
     // of MM-ShiftKV
     uint32_t n_proxy;        // N: sampled query proxies (a multiple of n_group, up to 4096)
-    uint32_t n_group;        // G: voting groups
+    uint32_t n_group;        // G: voting groups (with the prompt's keys and the KV heads up to 2^28 numbers)
     uint32_t n_stat;         // last prompt tokens that the hidden-state statistics are taken over
     uint32_t n_layer_repeat; // first layers whose proxies repeat the last hidden state instead of sampling
     uint32_t n_repeat;       // proxies of such a layer, in one group
@@ -102,15 +103,19 @@ struct llama_shiftkv_params {
 };
 
 struct llama_shiftkv_info {
-    uint32_t n_prompt;        // tokens of the prompt
-    uint32_t n_kept;          // KV pairs kept per layer and KV head: min(n_prompt, budget)
-    uint32_t n_layer;         // layers that are cut (all but sliding-window ones)
-    size_t   kv_bytes_prompt; // bytes of the prompt's KV pairs, over all layers, before ...
-    size_t   kv_bytes_kept;   // ... and after the cut (the window caches of sliding-window layers are kept whole)
+    uint32_t  n_prompt;        // tokens of the prompt
+    uint32_t  n_kept;          // KV pairs kept per layer and KV head: min(n_prompt, budget)
+    uint32_t  n_layer;         // layers that are cut (all but sliding-window ones)
+    llama_pos n_past;          // the position after the prompt, which decoding goes on at
+    size_t    kv_bytes_prompt; // bytes of the prompt's KV pairs, over all layers, before ...
+    size_t    kv_bytes_kept;   // ... and after the cut (the window caches of sliding-window layers are kept whole)
 };
 
 // A method's settings as published, with budget 0 (to be set by the caller). n_group is 16, the value for LLaVA; 32 for Qwen2.5-VL.
-LLAMA_API struct llama_shiftkv_params llama_shiftkv_default_params(enum llama_shiftkv_method method);
+LLAMA_API struct llama_shiftkv_params llama_shiftkv_default_params(int32_t method);
+
+// The last queries that have to be captured for a selection, 1 .. 512. Errors: ARGUMENT.
+LLAMA_API int32_t llama_shiftkv_n_query(const struct llama_shiftkv_params * params);
 
 // A sentence for a status code.
 LLAMA_API const char * llama_shiftkv_status_str(int32_t status);
@@ -120,7 +125,7 @@ LLAMA_API const char * llama_shiftkv_status_str(int32_t status);
 // Errors: ARGUMENT, UNSUPPORTED, COMPUTE.
 LLAMA_API int32_t llama_shiftkv_capture(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_query);
 
-// Stop capturing. The last selection stays readable.
+// Stop capturing, and give back the memory that it took. The last selection stays readable, and may be handed over.
 LLAMA_API int32_t llama_shiftkv_capture_end(struct llama_context * ctx);
 
 // Select the KV pairs to keep of all that the captured sequence holds. Changes nothing in the cache. A budget of at least the prompt's
@@ -133,8 +138,9 @@ LLAMA_API int32_t llama_shiftkv_select(struct llama_context * ctx, const struct 
 LLAMA_API int32_t llama_shiftkv_select_scores(struct llama_context * ctx, const struct llama_shiftkv_params * params, const float * scores, size_t n_scores);
 
 // Copy the selected KV pairs, bit for bit, into seq_dst of ctx_dst, which holds nothing else afterwards. ctx_dst is ctx or another
-// context of the same model with the same KV types; it needs room for n_kept cells. The source sequence is left as it is,
-// unless it is also the destination. After params.n_prompt tokens decoding goes on at the position after those.
+// context of the same model with the same KV types; it needs room for n_kept cells, for which, as when tokens are decoded, a window
+// cache gives up what lies outside of a sequence's window. The source sequence is left as it is, but for that, unless it is also the
+// destination. After params.n_prompt tokens decoding goes on at the position after those.
 // Errors: ARGUMENT, NO_SELECTION, STALE, MISMATCH, NO_SPACE, COMPUTE.
 LLAMA_API int32_t llama_shiftkv_compact(struct llama_context * ctx, struct llama_context * ctx_dst, llama_seq_id seq_dst);
 
@@ -166,7 +172,7 @@ LLAMA_API int32_t llama_shiftkv_get_hidden (struct llama_context * ctx, int32_t 
 LLAMA_API int32_t llama_shiftkv_get_queries(struct llama_context * ctx, int32_t il, float * out, size_t n_out);
 LLAMA_API int32_t llama_shiftkv_get_keys   (struct llama_context * ctx, int32_t il, float * out, size_t n_out);
 
-// Bytes that a context's KV cache occupies, used or not. Errors: ARGUMENT, UNSUPPORTED.
+// Bytes that a context's KV cache occupies, used or not. Errors: ARGUMENT, UNSUPPORTED (also for recurrent and hybrid memory).
 LLAMA_API int64_t llama_shiftkv_cache_size(struct llama_context * ctx);
 
 // Ends a computation early. The struct is the caller's, and has to live as long as the context that it was given to.

@@ -2,42 +2,12 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-model.h"
 
 #include <algorithm>
 #include <cstring>
 
 // a graph has room for the nodes of this many runs of destination cells
 static constexpr size_t SHIFTKV_RUNS_MAX = 32;
-
-// n free cells, in one run if there is one; cells that only seq_id holds count as free
-static std::vector<uint32_t> find_free(const llama_kv_cells & cells, llama_seq_id seq_id, uint32_t n) {
-    std::vector<uint32_t> res;
-
-    const auto is_free = [&](uint32_t i) {
-        return cells.is_empty(i) || (cells.seq_count(i) == 1 && cells.seq_has(i, seq_id));
-    };
-
-    uint32_t n_run = 0;
-    for (uint32_t i = 0; i < cells.size(); ++i) {
-        n_run = is_free(i) ? n_run + 1 : 0;
-        if (n_run == n) {
-            for (uint32_t j = i + 1 - n; j <= i; ++j) {
-                res.push_back(j);
-            }
-            return res;
-        }
-    }
-
-    for (uint32_t i = 0; i < cells.size() && res.size() < n; ++i) {
-        if (is_free(i)) {
-            res.push_back(i);
-        }
-    }
-
-    return res;
-}
 
 // calls f(first index, first cell, length) for every run of consecutive cells
 template <typename F>
@@ -84,10 +54,10 @@ static void build_move_rows(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * 
     });
 }
 
-// the same for a transposed cache, in which element e of KV head h has its cells in a row; idxs count from cell c0, of n_cells cells
-static void build_move_cols(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * src, ggml_tensor * dst, ggml_tensor * idxs, int64_t n_head_kv, const std::vector<uint32_t> & dst_cells, uint32_t c0, int64_t n_cells) {
+// the same for a transposed cache, in which element e of KV head h has its cells in row h*d + e, which may be followed by
+// padding; idxs count from cell c0, of n_cells cells
+static void build_move_cols(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * src, ggml_tensor * dst, ggml_tensor * idxs, int64_t d, int64_t n_head_kv, const std::vector<uint32_t> & dst_cells, uint32_t c0, int64_t n_cells) {
     const size_t  ts = ggml_type_size(src->type);
-    const int64_t d  = src->ne[0]/n_head_kv;
     const int64_t n  = idxs->ne[0];
 
     const int64_t n_word = d*ts/sizeof(int32_t);
@@ -139,10 +109,9 @@ static void move_rows_host(ggml_tensor * src, ggml_tensor * dst, const std::vect
     });
 }
 
-static void move_cols_host(ggml_tensor * src, ggml_tensor * dst, const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
+static void move_cols_host(ggml_tensor * src, ggml_tensor * dst, size_t d, const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
     const size_t ts     = ggml_type_size(src->type);
-    const size_t n_elem = src->ne[0];
-    const size_t d      = n_elem/idxs.size();
+    const size_t n_elem = d*idxs.size();
     const size_t n      = dst_cells.size();
 
     const auto [c0, c1] = cell_range(idxs);
@@ -164,34 +133,36 @@ static void move_cols_host(ggml_tensor * src, ggml_tensor * dst, const std::vect
     });
 }
 
-bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama_kv_cache & dst, llama_seq_id seq_dst, size_t ikv,
+bool llama_shiftkv::move_layer(const llama_shiftkv_cache & src, llama_seq_id seq_src, const llama_shiftkv_cache & dst, llama_seq_id seq_dst, size_t ikv,
         const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
-    const uint32_t strm_src = src.get_stream(seq_src);
-    const uint32_t strm_dst = dst.get_stream(seq_dst);
-
     const int64_t n_head_kv = idxs.size();
     const int64_t n         = dst_cells.size();
 
-    auto & l_src = src.layers[ikv];
-    auto & l_dst = dst.layers[ikv];
+    if (n_head_kv == 0 || n == 0) {
+        return true; // a layer without attention; a window that has just begun
+    }
 
     const int32_t c0 = cell_range(idxs).first;
     const int32_t c1 = cell_range(idxs).second;
 
-    ggml_tensor * k_src = l_src.k_stream[strm_src];
-    ggml_tensor * v_src = l_src.v_stream[strm_src];
-    ggml_tensor * k_dst = l_dst.k_stream[strm_dst];
-    ggml_tensor * v_dst = l_dst.v_stream[strm_dst];
+    ggml_tensor * k_src = src.k(ikv, seq_src);
+    ggml_tensor * v_src = src.v(ikv, seq_src);
+    ggml_tensor * k_dst = dst.k(ikv, seq_dst);
+    ggml_tensor * v_dst = dst.v(ikv, seq_dst);
+
+    const int64_t d_k     = src.n_embd_head_k(ikv);
+    const int64_t d_v     = src.n_embd_head_v(ikv);
+    const bool    v_trans = src.v_trans();
 
     size_t n_run = 0;
     for_each_run(dst_cells, [&](size_t, uint32_t, size_t) { n_run++; });
 
-    const auto in_graph = [&](const ggml_tensor * t) {
-        return n_run <= SHIFTKV_RUNS_MAX && t->nb[1]/n_head_kv % sizeof(int32_t) == 0;
+    const auto in_graph = [&](const ggml_tensor * t, int64_t d) {
+        return n_run <= SHIFTKV_RUNS_MAX && ggml_row_size(t->type, d) % sizeof(int32_t) == 0;
     };
 
-    const bool k_graph = in_graph(k_src);
-    const bool v_graph = in_graph(v_src);
+    const bool k_graph = in_graph(k_src, d_k);
+    const bool v_graph = in_graph(v_src, d_v);
 
     if (k_graph || v_graph) {
         ggml_tensor * inp_idxs     = nullptr; // I32 [n, n_head_kv] cells
@@ -203,15 +174,15 @@ bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama
                 ggml_set_input(t);
                 return t;
             };
-            if (k_graph || (v_graph && !src.v_trans)) {
+            if (k_graph || (v_graph && !v_trans)) {
                 inp_idxs = new_idxs();
             }
             if (k_graph) {
                 build_move_rows(ctx, gf, k_src, k_dst, inp_idxs, n_head_kv, dst_cells);
             }
-            if (v_graph && src.v_trans) {
+            if (v_graph && v_trans) {
                 inp_idxs_win = new_idxs();
-                build_move_cols(ctx, gf, v_src, v_dst, inp_idxs_win, n_head_kv, dst_cells, c0, c1 - c0);
+                build_move_cols(ctx, gf, v_src, v_dst, inp_idxs_win, d_v, n_head_kv, dst_cells, c0, c1 - c0);
             } else if (v_graph) {
                 build_move_rows(ctx, gf, v_src, v_dst, inp_idxs, n_head_kv, dst_cells);
             }
@@ -230,7 +201,7 @@ bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama
             }
         };
 
-        if (!compute(build, set)) {
+        if (!capture.ctx.compute(build, set)) {
             return false;
         }
     }
@@ -238,8 +209,8 @@ bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama
     if (!k_graph) {
         move_rows_host(k_src, k_dst, idxs, dst_cells);
     }
-    if (!v_graph && src.v_trans) {
-        move_cols_host(v_src, v_dst, idxs, dst_cells);
+    if (!v_graph && v_trans) {
+        move_cols_host(v_src, v_dst, d_v, idxs, dst_cells);
     } else if (!v_graph) {
         move_rows_host(v_src, v_dst, idxs, dst_cells);
     }
@@ -248,69 +219,49 @@ bool llama_shiftkv::move_layer(llama_kv_cache & src, llama_seq_id seq_src, llama
 }
 
 int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
-    const auto & hparams = lctx.get_model().hparams;
+    llama_context & src = capture.ctx.lctx;
 
-    if (&dst.get_model() != &lctx.get_model()) {
+    if (&dst.get_model() != &src.get_model()) {
         LLAMA_LOG_ERROR("%s: the destination is of another model\n", __func__);
         return LLAMA_SHIFTKV_ERR_MISMATCH;
     }
 
-    llama_kv_cache * kv_dst     = nullptr;
-    llama_kv_cache * kv_swa_dst = nullptr;
+    const auto & cache     = capture.cache;
+    const auto & cache_swa = capture.cache_swa;
 
-    if (kv_swa) {
-        if (auto * memory = dynamic_cast<llama_kv_cache_iswa *>(dst.get_memory())) {
-            kv_dst     = memory->get_base();
-            kv_swa_dst = memory->get_swa();
-        }
-    } else {
-        kv_dst = dynamic_cast<llama_kv_cache *>(dst.get_memory());
-    }
+    const auto caches_dst = llama_shiftkv_caches(dst.get_memory());
 
-    const auto same_layout = [](const llama_kv_cache & a, const llama_kv_cache & b) {
-        if (a.layers.size() != b.layers.size() || a.v_trans != b.v_trans || a.attn_rot_k != b.attn_rot_k || a.attn_rot_v != b.attn_rot_v) {
-            return false;
-        }
-        for (size_t i = 0; i < a.layers.size(); ++i) {
-            if (a.layers[i].k->type != b.layers[i].k->type || a.layers[i].v->type != b.layers[i].v->type || a.layers[i].v->ne[0] != b.layers[i].v->ne[0] ||
-                ggml_backend_buffer_get_type(a.layers[i].k->buffer) != ggml_backend_buffer_get_type(b.layers[i].k->buffer)) {
-                return false;
-            }
-        }
-        return true;
+    const auto match = [](const llama_shiftkv_cache & a, const llama_shiftkv_cache & b) {
+        return a && b && !b.is_shared() && a.same_layout(b);
     };
-
-    if (kv_dst == nullptr || kv_dst->other || !same_layout(*kv, *kv_dst) || (kv_swa && !same_layout(*kv_swa, *kv_swa_dst))) {
+    if (!match(cache, caches_dst.first) || (cache_swa && !match(cache_swa, caches_dst.second))) {
         LLAMA_LOG_ERROR("%s: the destination stores KV pairs differently (KV types, flash attention, offload)\n", __func__);
         return LLAMA_SHIFTKV_ERR_MISMATCH;
     }
 
-    lctx.synchronize();
-    dst.synchronize();
-    lctx.memory_update(false);
-    if (&dst != &lctx) {
-        dst.sched_reserve();
-        dst.memory_update(false);
+    capture.ctx.update();
+    if (&dst != &src) {
+        llama_shiftkv_context{ dst }.update();
     }
 
     // what was selected must still be there
     {
-        std::vector<uint32_t> cells;
-        if (seq_id != sel.seq_id || collect(cells) != LLAMA_SHIFTKV_OK || cells != sel.cells_all || fingerprint(cells) != sel.hash) {
+        std::vector<llama_shiftkv_cache::cell> cells;
+        if (capture.seq_id != sel.seq_id || capture.collect(cells) != LLAMA_SHIFTKV_OK || cells != sel.captured) {
             return LLAMA_SHIFTKV_ERR_STALE;
         }
     }
 
-    const bool in_place = &dst == &lctx && seq_dst == sel.seq_id;
+    const bool in_place = &dst == &src && seq_dst == sel.seq_id;
 
-    if (in_place && sel.info.n_kept == sel.cells_all.size()) {
+    if (in_place && sel.info.n_kept == sel.captured.size()) {
         return LLAMA_SHIFTKV_OK;
     }
 
     // source cells by KV head, and the positions that the destination's cells carry
     struct move {
-        llama_kv_cache & src;
-        llama_kv_cache & dst;
+        llama_shiftkv_cache src;
+        llama_shiftkv_cache dst;
 
         std::vector<std::vector<std::vector<int32_t>>> idxs; // per layer of the cache and KV head
         std::vector<uint32_t> cells_meta;                    // source cells whose positions are taken over
@@ -319,14 +270,14 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
     std::vector<move> moves;
 
     {
-        move m = { *kv, *kv_dst, {}, {}, {} };
+        move m = { cache, caches_dst.first, {}, {}, {} };
 
-        m.idxs.resize(kv->layers.size());
-        for (size_t i = 0; i < layers.size(); ++i) {
+        m.idxs.resize(cache.n_layer());
+        for (size_t i = 0; i < capture.layers.size(); ++i) {
             for (const auto & kept : sel.kept[i]) {
                 std::vector<int32_t> row(kept.size());
                 std::transform(kept.begin(), kept.end(), row.begin(), [&](int32_t t) { return sel.cells[t]; });
-                m.idxs[layers[i].ikv].push_back(std::move(row));
+                m.idxs[capture.layers[i].ikv].push_back(std::move(row));
             }
         }
         m.cells_meta.assign(sel.cells.end() - sel.info.n_kept, sel.cells.end());
@@ -334,31 +285,30 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
         moves.push_back(std::move(m));
     }
 
-    if (kv_swa) {
-        move m = { *kv_swa, *kv_swa_dst, {}, {}, {} };
+    if (cache_swa) {
+        move m = { cache_swa, caches_dst.second, {}, {}, {} };
 
-        const auto & cells = kv_swa->get_cells(sel.seq_id);
-        const auto in_window = [&](llama_pos pos) {
-            return pos < sel.n_past && !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos, sel.n_past);
+        const llama_pos n_past = sel.info.n_past;
+
+        const auto in_window = [&](const llama_shiftkv_cache::cell & c) {
+            return c.pos < n_past && !cache_swa.is_masked(c.pos, n_past);
         };
-
-        for (const auto & [pos, cell] : cells.seq_pos_get(sel.seq_id)) {
-            if (in_window(pos)) {
-                m.cells_meta.push_back(cell);
+        for (const auto & c : cache_swa.cells(sel.seq_id)) {
+            if (in_window(c)) {
+                m.cells_meta.push_back(c.idx);
             }
         }
 
         // what was decoded after the prompt may have taken its window's cells
-        if (sel.cells.size() < sel.cells_all.size()) {
-            const auto & all = kv->get_cells(sel.seq_id);
-            const size_t n = std::count_if(sel.cells.begin(), sel.cells.end(), [&](uint32_t c) { return in_window(all.pos_get(c)); });
+        if (sel.cells.size() < sel.captured.size()) {
+            const size_t n = std::count_if(sel.captured.begin(), sel.captured.begin() + sel.cells.size(), in_window);
             if (m.cells_meta.size() < n) {
                 LLAMA_LOG_ERROR("%s: the sliding-window cache holds only %zu of the %zu tokens before the prompt's end\n", __func__, m.cells_meta.size(), n);
                 return LLAMA_SHIFTKV_ERR_STALE;
             }
         }
-        for (const auto & l : kv_swa->layers) {
-            m.idxs.emplace_back(hparams.n_head_kv(l.il), std::vector<int32_t>(m.cells_meta.begin(), m.cells_meta.end()));
+        for (size_t ikv = 0; ikv < cache_swa.n_layer(); ++ikv) {
+            m.idxs.emplace_back(cache_swa.n_head(ikv), std::vector<int32_t>(m.cells_meta.begin(), m.cells_meta.end()));
         }
 
         if (!in_place) {
@@ -367,51 +317,47 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
     }
 
     for (auto & m : moves) {
-        m.cells_dst = find_free(m.dst.get_cells(seq_dst), seq_dst, m.cells_meta.size());
+        m.cells_dst = m.dst.find_free(seq_dst, m.cells_meta.size());
         if (m.cells_dst.size() < m.cells_meta.size()) {
             LLAMA_LOG_ERROR("%s: the destination has room for %zu of %zu cells\n", __func__, m.cells_dst.size(), m.cells_meta.size());
             return LLAMA_SHIFTKV_ERR_NO_SPACE;
         }
     }
 
-    for (auto & m : moves) {
-        struct meta {
-            llama_pos         pos;
-            llama_kv_cell_ext ext;
-        };
-        std::vector<meta> metas;
-        for (const uint32_t cell : m.cells_meta) {
-            const auto & cells = m.src.get_cells(sel.seq_id);
-            metas.push_back({ cells.pos_get(cell), cells.ext_get(cell) });
-        }
+    // half a sequence is none
+    struct remover {
+        llama_memory_i * memory;
+        llama_seq_id     seq;
 
-        m.dst.seq_rm(seq_dst, -1, -1);
+        ~remover() {
+            if (memory) {
+                memory->seq_rm(seq, -1, -1);
+            }
+        }
+    };
+    remover undo = { dst.get_memory(), seq_dst };
+
+    for (auto & m : moves) {
+        const auto metas = m.src.metas(sel.seq_id, m.cells_meta);
+
+        m.dst.claim(seq_dst, m.cells_dst);
 
         // the graph reads all that it needs of a layer before it writes, so source and destination may overlap
         for (size_t ikv = 0; ikv < m.idxs.size(); ++ikv) {
             if (!move_layer(m.src, sel.seq_id, m.dst, seq_dst, ikv, m.idxs[ikv], m.cells_dst)) {
-                dst.get_memory()->seq_rm(seq_dst, -1, -1);
                 return LLAMA_SHIFTKV_ERR_COMPUTE;
             }
         }
 
-        auto & cells = m.dst.v_cells[m.dst.get_stream(seq_dst)];
-        for (size_t i = 0; i < metas.size(); ++i) {
-            cells.pos_set(m.cells_dst[i], metas[i].pos);
-            cells.ext_set(m.cells_dst[i], metas[i].ext);
-            cells.seq_add(m.cells_dst[i], seq_dst);
-        }
+        m.dst.put(seq_dst, m.cells_dst, metas);
     }
+    undo.memory = nullptr;
 
-    if (kv_swa && in_place) {
-        kv_swa->seq_rm(sel.seq_id, sel.n_past, -1);
-    }
-
-    // in the context that captures, these cells no longer hold what was captured
-    if (&dst == &lctx) {
-        for (const uint32_t cell : moves[0].cells_dst) {
-            cell_ord[(size_t) kv->get_stream(seq_dst)*kv->get_size() + cell] = -1;
+    if (in_place) {
+        if (cache_swa) {
+            cache_swa.kv->seq_rm(sel.seq_id, sel.info.n_past, -1);
         }
+        capture.ctx.reserve_later(); // without what the selection needed
     }
 
     return LLAMA_SHIFTKV_OK;

@@ -17,14 +17,14 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     const size_t  n_sink = std::min<size_t>(params.n_sink, s.n_prompt() - 1);
 
     // the first tokens' queries and keys are unlike the others
-    const auto rows = s.skv.ring_rows(s.cells, std::min<size_t>(params.n_window, s.n_prompt() - n_sink));
+    const auto rows = s.capture.ring_rows(s.cells, std::min<size_t>(params.n_window, s.n_prompt() - n_sink));
 
     // in parts, which need less memory
     const uint32_t n_part = (params.n_future + 7)/8;
     std::vector<ggml_tensor *> pos;
     for (uint32_t i = 0; i < params.n_future; i += n_part) {
         std::vector<llama_pos> part(std::min(n_part, params.n_future - i));
-        std::iota(part.begin(), part.end(), s.skv.sel.n_past + i);
+        std::iota(part.begin(), part.end(), s.skv.sel.info.n_past + i);
         pos.push_back(s.input_pos(part));
     }
 
@@ -34,23 +34,15 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     }
 
     ggml_tensor * q = s.l.path.build_mean(ctx, s.hidden(rows), pos, s.n_pos_comp, s.input(std::move(eye), d, d), s.input_rot());
-    q = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3)); // [d, rows, n_head]
+    q = s.scaled(ggml_permute(ctx, q, 0, 2, 1, 3)); // [d, rows, n_head]
 
     ggml_tensor * mean = ggml_scale(ctx, llama_shiftkv_sum_dim1(ctx, q), 1.0f/rows.size());
 
-    const float scale = s.l.kq_scale;
-
-    const auto product = [&](ggml_tensor * k, ggml_tensor * q) {
-        ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
-        ggml_prec_set_acc(kq, GGML_PREC_F32);
-        return kq;
-    };
-
     ggml_tensor * logits = s.sum_queries(ggml_sub(ctx, q, mean), 1, true, [&](ggml_tensor * k, ggml_tensor * q, int64_t) {
-        return ggml_sqr(ctx, product(k, q));
+        return ggml_sqr(ctx, s.product(k, q));
     });
-    logits = ggml_scale(ctx, logits, 0.5f*scale*scale/rows.size());
-    logits = ggml_add(ctx, logits, ggml_scale(ctx, product(s.keys(0, s.l.n_head_kv), mean), scale)); // [n_kv, 1, n_head]
+    logits = ggml_scale(ctx, logits, 0.5f/rows.size());
+    logits = ggml_add(ctx, logits, s.product(s.keys(0, s.l.n_head_kv), mean)); // [n_kv, 1, n_head]
 
     ggml_tensor * a = ggml_soft_max_ext(ctx, logits, s.input_mask({ { n_sink, s.n_prompt() } }), 1.0f, 0.0f);
     a = llama_shiftkv_sum_dim1(ctx, ggml_reshape_3d(ctx, a, s.n_kv, s.n_gqa(), s.l.n_head_kv));
@@ -59,12 +51,14 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     return ggml_mul(ctx, a, s.value_norms());
 }
 
-const llama_shiftkv_rule llama_shiftkv_rule_expected = {
+static const llama_shiftkv_register reg({
+    /*.name     =*/ "expected-attention",
     /*.defaults =*/ [](llama_shiftkv_params & params) { params.n_sink = 4; params.n_window = SHIFTKV_QUERY_MAX; },
     /*.valid    =*/ [](const llama_shiftkv_params & params) {
         return params.n_window >= 1 && params.n_future >= 1 && params.n_future <= SHIFTKV_PROXY_MAX;
     },
     /*.n_query  =*/ [](const llama_shiftkv_params & params) { return params.n_window; },
+    /*.n_wide   =*/ nullptr,
     /*.build    =*/ build,
     /*.fill     =*/ nullptr,
-};
+});

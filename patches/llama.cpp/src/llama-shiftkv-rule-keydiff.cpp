@@ -21,10 +21,12 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     return ggml_neg(ctx, ggml_cont(ctx, ggml_transpose(ctx, cosine)));
 }
 
-const llama_shiftkv_rule llama_shiftkv_rule_keydiff = {
+static const llama_shiftkv_register reg({
+    /*.name     =*/ "keydiff",
     /*.defaults =*/ [](llama_shiftkv_params &) {},
     /*.valid    =*/ [](const llama_shiftkv_params &) { return true; },
     /*.n_query  =*/ [](const llama_shiftkv_params &) { return 0u; },
+    /*.n_wide   =*/ nullptr,
     /*.build    =*/ build,
     /*.fill     =*/ nullptr,
-};
+});

@@ -14,10 +14,12 @@ static std::vector<float> fill(const llama_shiftkv_scoring & s) {
     return res;
 }
 
-const llama_shiftkv_rule llama_shiftkv_rule_random = {
+static const llama_shiftkv_register reg({
+    /*.name     =*/ "random",
     /*.defaults =*/ [](llama_shiftkv_params &) {},
     /*.valid    =*/ [](const llama_shiftkv_params &) { return true; },
     /*.n_query  =*/ [](const llama_shiftkv_params &) { return 0u; },
+    /*.n_wide   =*/ nullptr,
     /*.build    =*/ nullptr,
     /*.fill     =*/ fill,
-};
+});

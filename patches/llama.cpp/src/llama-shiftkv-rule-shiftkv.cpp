@@ -19,7 +19,7 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     const int64_t n_group     = repeat ? 1 : params.n_group;
     const int64_t n_per_group = n_proxy/n_group;
 
-    const auto last = s.skv.ring_rows(s.cells, 1);
+    const auto last = s.capture.ring_rows(s.cells, 1);
 
     // steps 1 and 2: the proxies' hidden states
     ggml_tensor * hidden;
@@ -28,7 +28,7 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     } else {
         float mean = 0.0f;
         float sd   = 0.0f;
-        s.skv.get_stats(l, s.cells, params.n_stat, mean, sd);
+        s.capture.get_stats(l, s.cells, params.n_stat, mean, sd);
 
         hidden = s.input(s.skv.get_noise(params.seed, params.n_proxy).data(), l.hidden->ne[0], n_proxy);
         hidden = ggml_scale_bias(ctx, hidden, params.gamma*sd, mean);
@@ -37,14 +37,14 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     // step 3: [d, n_head, n_proxy] -> [d, n_proxy, n_head]. proxy j of group i is column j*n_group + i, at n_past + (j + 1)*n_group
     std::vector<llama_pos> pos(n_proxy);
     for (int64_t i = 0; i < n_proxy; ++i) {
-        pos[i] = s.skv.sel.n_past + (i/n_group + 1)*n_group;
+        pos[i] = s.skv.sel.info.n_past + (i/n_group + 1)*n_group;
     }
-    ggml_tensor * q = ggml_permute(ctx, l.path.build(ctx, hidden, s.input_pos(pos), s.input_rot()), 0, 2, 1, 3);
+    ggml_tensor * q = s.scaled(ggml_permute(ctx, l.path.build(ctx, hidden, s.input_pos(pos), s.input_rot()), 0, 2, 1, 3));
 
     ggml_tensor * mask = s.input_mask(std::vector<std::pair<size_t, size_t>>(n_proxy, { 0, s.n_prompt() }));
 
     // the real last query's attention, mean over the heads of a KV head: [n_kv, 1, n_head_kv]
-    ggml_tensor * a_last = ggml_scale(ctx, s.sum_attention(s.queries(last), mask, 1), 1.0f/s.n_gqa());
+    ggml_tensor * a_last = ggml_scale(ctx, s.sum_attention(s.scaled(s.queries(last)), mask, 1), 1.0f/s.n_gqa());
 
     // step 4: the proxies' attention, mean within groups: [n_kv, n_group, n_head_kv]
     ggml_tensor * mass = ggml_scale(ctx, s.sum_attention(q, mask, n_group), 1.0f/(s.n_gqa()*(1 + n_per_group)));
@@ -80,7 +80,8 @@ static ggml_tensor * build(llama_shiftkv_scoring & s) {
     return ggml_reshape_2d(ctx, ggml_add(ctx, votes, a_last), n_kv, n_head_kv);
 }
 
-const llama_shiftkv_rule llama_shiftkv_rule_shiftkv = {
+static const llama_shiftkv_register reg({
+    /*.name     =*/ "shiftkv",
     /*.defaults =*/ [](llama_shiftkv_params &) {},
     /*.valid    =*/ [](const llama_shiftkv_params & params) {
         return params.n_group >= 1 && params.n_proxy >= params.n_group && params.n_proxy <= SHIFTKV_PROXY_MAX && params.n_proxy % params.n_group == 0 &&
@@ -89,6 +90,7 @@ const llama_shiftkv_rule llama_shiftkv_rule_shiftkv = {
             params.observed >= 0.0f && params.observed < 1.0f && (params.observed == 0.0f || params.n_window >= 1);
     },
     /*.n_query  =*/ [](const llama_shiftkv_params & params) { return params.observed > 0.0f ? params.n_window : 1u; },
+    /*.n_wide   =*/ [](const llama_shiftkv_params & params) { return params.n_group; },
     /*.build    =*/ build,
     /*.fill     =*/ nullptr,
-};
+});

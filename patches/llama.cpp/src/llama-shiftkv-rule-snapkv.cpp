@@ -4,7 +4,7 @@
 // a KV head. that the window itself is kept, and the averaging over neighbouring keys, are parameters of every method
 
 ggml_tensor * llama_shiftkv_build_observed(llama_shiftkv_scoring & s) {
-    const auto rows = s.skv.ring_rows(s.cells, s.params.n_window);
+    const auto rows = s.capture.ring_rows(s.cells, s.params.n_window);
 
     const size_t n_window = rows.size();
 
@@ -13,15 +13,17 @@ ggml_tensor * llama_shiftkv_build_observed(llama_shiftkv_scoring & s) {
         ranges.emplace_back(0, s.n_prompt() - n_window + i + 1);
     }
 
-    ggml_tensor * sum = s.sum_attention(s.queries(rows), s.input_mask(ranges), 1);
+    ggml_tensor * sum = s.sum_attention(s.scaled(s.queries(rows)), s.input_mask(ranges), 1);
 
     return ggml_reshape_2d(s.ctx, ggml_scale(s.ctx, sum, 1.0f/(n_window*s.n_gqa())), s.n_kv, s.l.n_head_kv);
 }
 
-const llama_shiftkv_rule llama_shiftkv_rule_snapkv = {
+static const llama_shiftkv_register reg({
+    /*.name     =*/ "snapkv",
     /*.defaults =*/ [](llama_shiftkv_params & params) { params.n_recent = 32; params.n_pool = 5; },
     /*.valid    =*/ [](const llama_shiftkv_params & params) { return params.n_window >= 1; },
     /*.n_query  =*/ [](const llama_shiftkv_params & params) { return params.n_window; },
+    /*.n_wide   =*/ nullptr,
     /*.build    =*/ llama_shiftkv_build_observed,
     /*.fill     =*/ nullptr,
-};
+});

@@ -12,10 +12,12 @@ static std::vector<float> fill(const llama_shiftkv_scoring & s) {
     return res;
 }
 
-const llama_shiftkv_rule llama_shiftkv_rule_streaming = {
+static const llama_shiftkv_register reg({
+    /*.name     =*/ "streamingllm",
     /*.defaults =*/ [](llama_shiftkv_params & params) { params.n_sink = 4; },
     /*.valid    =*/ [](const llama_shiftkv_params &) { return true; },
     /*.n_query  =*/ [](const llama_shiftkv_params &) { return 0u; },
+    /*.n_wide   =*/ nullptr,
     /*.build    =*/ nullptr,
     /*.fill     =*/ fill,
-};
+});

@@ -1,0 +1,53 @@
+#include "llama-shiftkv-context.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+void llama_shiftkv_context::drop_graph() {
+    lctx.gf_res_prev_active = nullptr;
+}
+
+void llama_shiftkv_context::reserve() {
+    reserve_later();
+    lctx.sched_reserve();
+}
+
+void llama_shiftkv_context::reserve_later() {
+    lctx.sched_need_reserve = true;
+}
+
+void llama_shiftkv_context::update() {
+    lctx.synchronize();
+    lctx.sched_reserve();
+    lctx.memory_update(false);
+}
+
+bool llama_shiftkv_context::compute(const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set) {
+    auto * sched = lctx.get_sched();
+    auto * res   = lctx.get_gf_res_reserve();
+
+    ggml_backend_sched_reset(sched);
+    res->reset();
+    for (auto & prev : lctx.gf_res_prev) {
+        if (prev) {
+            prev->reset();
+        }
+    }
+    drop_graph();
+
+    build(res->get_ctx(), res->get_gf());
+
+    if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
+        LLAMA_LOG_ERROR("%s: failed to allocate the graph\n", __func__);
+        return false;
+    }
+
+    set();
+
+    if (lctx.graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
+        return false;
+    }
+    ggml_backend_sched_synchronize(sched);
+
+    return true;
+}

@@ -1,0 +1,25 @@
+#pragma once
+
+#include "ggml.h"
+
+#include <functional>
+
+struct llama_context;
+
+// A context as the selection uses it. Its file is the only one of ours that looks inside llama_context
+struct llama_shiftkv_context {
+    llama_context & lctx;
+
+    // let the next decode build its graph anew
+    void drop_graph();
+
+    // lay the compute buffers out for the worst case: now, or before the next decode. throws as llama_context does
+    void reserve();
+    void reserve_later();
+
+    // wait for what runs, and apply what is pending in the memory (shifts, copies)
+    void update();
+
+    // run a graph that is no forward pass of the model: build(ctx, gf), then after allocation set(), then compute
+    bool compute(const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set);
+};

@@ -1,0 +1,108 @@
+"""Memory: what is taken is given back, and where there is not enough of it the caller gets a code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.cases import Load
+from support.gguf_random import Spec
+from support.native import ARGUMENT, GPU_LAYERS, OK, Context, Method, params
+from support.prompts import text
+
+linux_cpu = pytest.mark.skipif(GPU_LAYERS > 0 or sys.platform != "linux", reason="reads /proc, of the CPU's memory")
+
+MIB = 1 << 20
+
+
+def resident() -> float:
+    """MiB of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+@linux_cpu
+def test_the_end_of_a_capture_gives_its_rings_back(load: Load) -> None:
+    spec = Spec(n_layer=3, n_embd=8192, n_head=2, n_head_kv=1, n_ff=32)
+    rings = 3 * 513 * (8192 + 64) * 4 / MIB
+    with Context(load(spec), 256) as context:
+        context.decode(text(60), 0)
+        context.clear()
+        before = resident()
+        assert context.capture(n_query=512) == OK
+        context.decode(text(60), 0)
+        assert context.select(params(20, n_proxy=32)) == OK
+        assert resident() > before + 0.9 * rings
+        kept = context.all_kept()
+        assert context.capture_end() == OK
+        context.decode(text(1), 60)
+        context.remove(start=60)
+        assert resident() < before + 0.3 * rings
+        assert context.all_kept() == kept
+        assert context.compact() == OK
+        assert context.cells()[0].k[0].heads(1)[0].shape[0] == 20
+
+
+@linux_cpu
+def test_a_hand_over_in_place_gives_the_selections_buffers_back(load: Load) -> None:
+    spec = Spec(n_layer=2, n_embd=64, n_head=8, n_head_kv=8, n_ff=32)
+    with Context(load(spec), 2048, n_ubatch=64) as context:
+        assert context.capture() == OK
+        context.decode(text(2000), 0)
+        before = resident()
+        assert context.select(params(20, n_layer_repeat=0)) == OK
+        assert resident() > before + 40
+        assert context.compact() == OK
+        assert np.isfinite(context.decode(text(1), 2000)).all()
+        assert resident() < before + 20
+
+
+@linux_cpu
+def test_more_groups_than_there_is_room_for_are_refused(load: Load) -> None:
+    spec = Spec(n_layer=1, n_embd=64, n_head=32, n_head_kv=32, n_ff=32)
+    n_prompt = (1 << 28) // (4096 * 32) + 16
+    with Context(load(spec), 2560) as context:
+        assert context.capture() == OK
+        context.decode(text(n_prompt), 0)
+        assert context.select(params(20, n_proxy=4096, n_group=4096)) == ARGUMENT
+        assert context.select(params(20, n_proxy=64)) == OK
+        assert context.select(params(20, Method.KEYDIFF, n_group=4096)) == OK  # which has no groups
+        assert context.compact() == OK
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from support.gguf_random import Spec
+from support.native import Context, Model, params
+from support.prompts import text
+
+with Context(Model(Spec(n_layer=4, n_embd=8192, n_head=2, n_head_kv=1, n_ff=32), Path(sys.argv[1])), 256) as context:
+    statuses = [context.capture()]
+    context.decode(text(60), 0)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    for room in (16, 150, None):  # MiB; the proxies' noise takes 128
+        resource.setrlimit(resource.RLIMIT_AS, (size + (room << 20), unlimited[1]) if room else unlimited)
+        statuses.append(context.select(params(20, n_proxy=4096)))
+    statuses.append(context.compact())
+    print(statuses)
+"""
+
+
+@linux_cpu
+def test_where_memory_runs_out_the_caller_gets_a_code(tmp_path: Path) -> None:
+    """In the C++ code that throws, and in the backend that doesn't; with more of it the same call works."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, "[0, -9, -9, 0, 0]\n"), result.stderr
