@@ -192,7 +192,7 @@ class Prefilled:
     def n_reused(self, prompt: Prompt | Continued, *, whole_batches: bool = False, n_items: int | None = None) -> int:
         """How many of a prompt's items `read` would take over."""
         n = min(self._n_same_batches(prompt) if whole_batches else self.n_common(prompt), n_items or len(prompt.items))
-        n = self._with_window(n, prompt.n_tokens)
+        n = self._with_window(n, self._after[n - 1][0] if n and n == n_items else prompt.n_tokens)
         return n if self._goes_back_to(n) else self._n_fixed
 
     def n_common(self, prompt: Prompt | Continued) -> int:

@@ -130,11 +130,15 @@ def test_tokens_taken_back(load: Load) -> None:
         assert context.capture(n_query=8) == OK
         context.prefill([kept])
         assert context.remove(start=57)
-        assert context.select(params(8)) == STALE
+        assert context.select(params(8)) == OK
+        check_queries(context, 0, hidden[:57], 5, 57)  # the last three of the ring of eight are gone
         context.decode(other, 57)
         check(context, 0, hidden)
-        # 60 + 5 tokens have passed: the three before the five are still in the ring of eight, but not the last removed.
-        check_queries(context, 0, hidden, 5, 62)
+        check_queries(context, 0, hidden, 8, 62)  # as if they had never been
+        assert context.remove(start=50)
+        assert context.select(params(8)) == STALE  # the last token's query is gone
+        context.decode(kept[50:52], 50)
+        check_queries(context, 0, model.weights.attention_input(0, model.weights.embed(kept[:52])), 2, 52)
 
 
 def test_tokens_before_the_capture_do_not_count(load: Load) -> None:

@@ -39,8 +39,8 @@ enum llama_shiftkv_status {
     LLAMA_SHIFTKV_ERR_UNSUPPORTED   = -2, // this model or context has a memory or an attention that can't be cut (the log says which)
     LLAMA_SHIFTKV_ERR_NOT_CAPTURING = -3, // llama_shiftkv_capture() was not called before the prompt
     LLAMA_SHIFTKV_ERR_EMPTY         = -4, // the captured sequence holds no tokens
-    LLAMA_SHIFTKV_ERR_STALE         = -5, // the sequence's last token was not captured, or the cache has changed since (also by
-                                          // another sequence's tokens or a loaded state in the same place)
+    LLAMA_SHIFTKV_ERR_STALE         = -5, // the query of the sequence's last token was not captured or is gone, or the cache has changed
+                                          // since (also by another sequence's tokens or a loaded state in the same place)
     LLAMA_SHIFTKV_ERR_NO_SELECTION  = -6, // llama_shiftkv_select() has not succeeded yet
     LLAMA_SHIFTKV_ERR_MISMATCH      = -7, // the destination is of another model, or stores its KV pairs differently
     LLAMA_SHIFTKV_ERR_NO_SPACE      = -8, // the destination has too few free cells, or the buffer passed in is too small

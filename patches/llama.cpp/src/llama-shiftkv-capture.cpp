@@ -177,7 +177,9 @@ int32_t llama_shiftkv_prefill::start(llama_seq_id seq_id, uint32_t n_query) {
     ctx.drop_graph();
 
     cell_written.assign(cache.n_cells(), {});
-    n_ord = 0;
+    ring.assign(n_query, {});
+    n_ord    = 0;
+    pos_last = -1;
 
     this->seq_id = seq_id;
     error.clear();
@@ -393,15 +395,24 @@ void llama_shiftkv_prefill::set_input(llm_graph_input_shiftkv & inp, const llama
 
     const size_t n_keep = std::min<size_t>(n_query, tokens.size());
 
+    // after tokens were taken back, count on from those that are left, so that they keep their rows of the rings
+    if (!tokens.empty() && ubatch->pos[tokens[0]] <= pos_last) {
+        n_ord = 0;
+        for (const auto & c : cache.cells(seq_id)) {
+            n_ord = std::max(n_ord, ord(c.idx) + 1);
+        }
+    }
+
     for (size_t i = 0; i < tokens.size(); ++i) {
         const int64_t cell = cells[tokens[i]];
 
-        cell_written[cell] = { n_ord, cache.gen(seq_id, cell - cache.offset(seq_id)) };
+        cell_written[cell] = { n_ord, ubatch->pos[tokens[i]], cache.gen(seq_id, cell - cache.offset(seq_id)) };
 
         if (i + n_keep >= tokens.size()) {
             const size_t k = i + n_keep - tokens.size();
             rows [k] = tokens[i];
             slots[k] = n_ord % n_query;
+            ring[slots[k]] = { (size_t) cell, cell_written[cell].gen, true };
         }
         n_ord++;
     }
@@ -439,7 +450,8 @@ int32_t llama_shiftkv_prefill::collect(std::vector<llama_shiftkv_cache::cell> & 
         return LLAMA_SHIFTKV_ERR_EMPTY;
     }
     // a last token that was moved has its query at another distance from the keys
-    if (n_ord == 0 || ord(cells.back().idx) != n_ord - 1 || cells.back().pos != pos_last) {
+    const uint32_t last = cells.back().idx;
+    if (ord(last) < 0 || cells.back().pos != cell_written[cache.offset(seq_id) + last].pos || ring_rows({ last }, 1).empty()) {
         return LLAMA_SHIFTKV_ERR_STALE;
     }
     return LLAMA_SHIFTKV_OK;
@@ -476,11 +488,16 @@ void llama_shiftkv_prefill::get_stats(const llama_shiftkv_layer & l, const std::
 }
 
 std::vector<int32_t> llama_shiftkv_prefill::ring_rows(const std::vector<uint32_t> & cells, size_t n) const {
-    // tokens that were taken back and decoded again have pushed others off the ring
+    // tokens that were decoded after them may have taken their rows, and be gone themselves
     std::vector<int32_t> res;
     for (size_t i = cells.size(); i > 0 && res.size() < n; --i) {
         const int64_t o = ord(cells[i - 1]);
-        if (o < std::max<int64_t>(0, n_ord - n_query)) {
+        if (o < 0) {
+            break;
+        }
+        const auto & r = ring[o % n_query];
+        const size_t c = cache.offset(seq_id) + cells[i - 1];
+        if (!r.set || r.cell != c || r.gen != cell_written[c].gen) {
             break;
         }
         res.push_back(o % n_query);

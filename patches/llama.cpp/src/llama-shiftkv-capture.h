@@ -89,15 +89,23 @@ private:
     // ordinal of the captured token that a cell of the sequence holds, -1 if it holds another
     int64_t ord(uint32_t cell) const;
 
-    // by cell: the captured token that was last written to it, and which writing of the cell that was
+    // by cell: the captured token that was last written to it, where it was, and which writing of the cell that was
     struct written {
-        int64_t  ord = -1;
-        uint64_t gen = 0;
+        int64_t   ord = -1;
+        llama_pos pos = -1;
+        uint64_t  gen = 0;
     };
     std::vector<written> cell_written;
-    int64_t n_ord = 0;
-
+    int64_t   n_ord    = 0;
     llama_pos pos_last = -1; // of the last captured token
+
+    // by row of the rings: whose it is, as index into cell_written, and which writing of that
+    struct owner {
+        size_t   cell = 0;
+        uint64_t gen  = 0;
+        bool     set  = false;
+    };
+    std::vector<owner> ring;
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
 };
