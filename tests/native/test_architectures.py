@@ -33,7 +33,6 @@ FEW_TENSORS = [
 ]
 
 
-@pytest.mark.device
 @names(FEW_TENSORS)
 def test_graphs_of_layers_with_few_tensors_have_room_for_the_capture(load: Load, case: Case) -> None:
     with open_context(load(case.spec), case) as context:
@@ -107,7 +106,6 @@ def test_kv_heads_that_vary_arrive(load: Load, case: Case, where: str, flash: bo
                 assert np.array_equal(rows_arrived.raw, rows.raw[seen])
 
 
-@pytest.mark.device
 @pytest.mark.parametrize("flash", [False, True], ids=["", "flash"])
 @names(PADDED[:2])
 def test_bytes_of_kv_heads_that_vary(load: Load, case: Case, flash: bool) -> None:
@@ -133,14 +131,12 @@ def check_shiftkv(load: Load, case: Case) -> None:
         assert np.isfinite(context.decode(text(1), case.n_prompt)).all()
 
 
-@pytest.mark.device
 @every_rule
 @names(PADDED[:2])
 def test_every_rule_with_kv_heads_that_vary(load: Load, case: Case, rule: Rule) -> None:
     check_rule(load, case, rule)
 
 
-@pytest.mark.device
 @names(PADDED[:2])
 def test_proxies_with_kv_heads_that_vary(load: Load, case: Case) -> None:
     check_shiftkv(load, case)
@@ -156,7 +152,6 @@ NO_ROPE = [
 ]
 
 
-@pytest.mark.device
 @pytest.mark.parametrize("flash", [False, True], ids=["", "flash"])
 @every_rule
 @names(NO_ROPE)
@@ -164,7 +159,6 @@ def test_every_rule_in_layers_without_rotation(load: Load, case: Case, rule: Rul
     check_rule(load, Case("", case.spec, flash=flash), rule)
 
 
-@pytest.mark.device
 @names(NO_ROPE)
 def test_proxies_in_layers_without_rotation(load: Load, case: Case) -> None:
     check_shiftkv(load, case)
