@@ -10,6 +10,7 @@ import numpy as np
 
 from support import comparison, reference
 from support.comparison import Bounds
+from support.gguf_random import Spec
 from support.native import GPU_LAYERS, Context, params
 from support.reference import Array, Ranking, Settings
 
@@ -28,7 +29,18 @@ def native_params(settings: Settings, budget: int) -> object:
     return params(budget, keep_scores=True, **asdict(settings))
 
 
-def rankings(context: Context, settings: Settings, n_past: int, seq: int = 0) -> Iterator[tuple[int, Ranking]]:
+def activations(spec: Spec) -> list[type[np.floating]]:
+    """What kernels may round to before they multiply with a model's weights; each multiplies all with one of them.
+
+    With f16 weights the plain CPU kernels multiply f16, and AMX's multiply f32.
+    """
+    half = spec.weight_type == gguf.GGMLQuantizationType.F16
+    return [np.float16, np.float32] if half else [np.float32]
+
+
+def rankings(
+    context: Context, settings: Settings, n_past: int, seq: int = 0, activation: type[np.floating] = np.float32
+) -> Iterator[tuple[int, Ranking]]:
     """Rank the captured sequence by the reference: keys from the cache, hidden states from the capture."""
     weights = context.model.weights
     cells = context.cells(seq)[0]
@@ -40,6 +52,7 @@ def rankings(context: Context, settings: Settings, n_past: int, seq: int = 0) ->
         hidden, positions, n_group = reference.proxies(settings, stats, last_hidden, n_past, repeat)
         hidden = np.concatenate([hidden, last_hidden[None]])
         positions = np.append(positions, n_past - 1)
+        hidden = hidden.astype(activation).astype(np.float64)
         queries = weights.queries(layer, hidden, positions, rotated=context.rotated)
         queries = rounded(queries, context.type_k)
         attention = reference.attention(queries, k, weights.kq_scale, weights.soft_cap)
@@ -55,9 +68,11 @@ def rounded(queries: Array, type_k: str) -> Array:
     return gguf.quants.dequantize(gguf.quants.quantize(queries.astype(np.float32), quant), quant)
 
 
-def bounds(context: Context, settings: Settings, n_past: int, seq: int = 0) -> dict[int, Bounds]:
+def bounds(
+    context: Context, settings: Settings, n_past: int, seq: int = 0, activation: type[np.floating] = np.float32
+) -> dict[int, Bounds]:
     """What the reference allows, by layer."""
-    ranked = rankings(context, settings, n_past, seq)
+    ranked = rankings(context, settings, n_past, seq, activation)
     return {layer: comparison.bounds(ranking, settings.mass, EPSILON) for layer, ranking in ranked}
 
 
