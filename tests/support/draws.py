@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_shiftkv.native.llama import Model
-from edge_shiftkv.sampling import Choices, Outputs, Sampler, Sampling
+from edge_shiftkv.sampling import Outputs, Sampler, Sampling
 from support.rounding import of_logits
 
 TIE = of_logits("f16", flash=True)
@@ -64,7 +64,7 @@ class Answers(list[Drawn]):
         assert told.tokens == answer.tokens, "the answer ends elsewhere"
         wrong = {i: gap for i, gap in enumerate(told.behind) if gap >= TIE}
         assert not wrong, f"tokens that are this far behind the best: {wrong}"
-        ties = sum(gap > 0 for gap in told.behind)
+        ties = max(1, sum(gap > 0 for gap in told.behind))
         assert ties <= max_ties(len(told.tokens)), f"{ties} of {len(told.tokens)} tokens are not the best"
         return ties
 
@@ -73,23 +73,28 @@ class _Recorder(Sampler):
     def __init__(self, model: Model, sampling: Sampling, answers: Answers) -> None:
         super().__init__(model, sampling)
         self._answers = answers
-        self._all = np.arange(model.n_vocab)
 
     def sample(self, outputs: Outputs, output: int = -1) -> int:
         logits = outputs.logits(output)
+        adjusted = self._adjusted(logits).astype(np.float64)
         if self.sampling.temperature > 0:
-            choices = self.choices(logits)
-            scores = choices.scores + self.noise.gumbel(self.n_drawn, choices.tokens)
+            place, choices = self.n_drawn, self.choices(logits)
+            scores = adjusted / self.sampling.temperature
+            lowest = choices.scores.min()  # filters keep what is most likely
+            # Whether those by the border are among the choices may be for rounding to say.
+            rivals = choices.tokens[choices.scores >= lowest + TIE]
         else:
-            choices = Choices(self._all, scores := self._adjusted(logits).astype(np.float64))
-        dictation = self._answers.dictation()
-        if dictation:
+            scores, lowest, rivals = adjusted, -np.inf, np.arange(len(adjusted))
+        drawn = self._answers[-1]
+        if dictation := self._answers.dictation():
             (token,) = dictation
             self.accept(token)
         else:
             token = super().sample(outputs, output)
-        score = scores[choices.tokens == token]
-        drawn = self._answers[-1]
+        keys = np.append(rivals, token)
+        noisy = scores[keys]
+        if self.sampling.temperature > 0:
+            noisy = noisy + self.noise.gumbel(place, keys)
         drawn.tokens.append(token)
-        drawn.behind.append(float(scores.max() - score[0]) if len(score) else np.inf)
+        drawn.behind.append(float(max(noisy.max() - noisy[-1], lowest - scores[token], 0.0)))
         return token
