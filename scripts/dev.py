@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 LIBRARIES = ROOT / "build" / "libraries"
+CPUINFO = Path("/proc/cpuinfo")
 
 # The builder's dependencies in pyproject.toml. The project itself is only installed once the patched library is there,
 # as pip would build the stock one to satisfy its dependency on llama-cpp-python.
@@ -96,9 +97,8 @@ def instructions(build: str) -> list[str]:
         return []
     if platform.machine().lower() not in ("x86_64", "amd64"):
         sys.exit(f"--build {build} is for x86-64 CPUs, and this is {platform.machine()}")
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        flags = cpuinfo.read_text().partition("\nflags")[2].partition("\n")[0].split()
+    if CPUINFO.exists():
+        flags = CPUINFO.read_text().partition("\nflags")[2].partition("\n")[0].split()
         lacking = [name for name in names if CPU_FLAGS.get(name, name.lower()) not in flags]
         if lacking:
             sys.exit(f"--build {build} needs a CPU with {', '.join(lacking)}, which this one lacks")

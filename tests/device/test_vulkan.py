@@ -44,7 +44,7 @@ CASES = (
     "test_handover.py::test_in_place[f16-flash-32]",
     "test_handover.py::test_in_place[q8_0-f16-64]",
     "test_handover.py::test_in_place[q8_0-flash-64]",
-    "test_handover.py::test_in_place[q4_0-flash-96]",
+    "test_handover.py::test_in_place[q4_0-flash-32]",
     "test_handover.py::test_other_sequence[f16-32-streams]",
     "test_handover.py::test_smaller_context[f16-32]",
     "test_handover.py::test_streams_of_another_context[q8_0-flash-to-streams]",
