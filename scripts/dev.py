@@ -1,12 +1,16 @@
 """Set up everything in ``.venv`` and run the demo or the tests: ``python3 scripts/dev.py demo`` or ``... test``.
 
 Needs Python 3.10 or newer with venv, and a C++ compiler. What follows the command goes on to ``edge-shiftkv demo`` or
-to pytest. The first run builds llama.cpp, which takes minutes; later ones reuse the environment and the cached wheels.
+to pytest. ``test --build avx2`` and ``test --build avx512`` build all libraries for these instructions and no others:
+the tests have to hold with the kernels of any CPU. The first run builds llama.cpp, which takes minutes; later ones
+reuse the environment and the cached wheels.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,10 +22,23 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 LIBRARIES = ROOT / "build" / "libraries"
+CPUINFO = Path("/proc/cpuinfo")
 
 # The builder's dependencies in pyproject.toml. The project itself is only installed once the patched library is there,
 # as pip would build the stock one to satisfy its dependency on llama-cpp-python.
 BUILDER_REQUIREMENTS = ("filelock>=3.12", "platformdirs>=4", "unidiff>=1.0")
+
+AVX2 = ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2")
+BUILDS: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "avx2": AVX2,
+    # What the server CPUs without AMX and AMD's since Zen 4 share.
+    "avx512": (*AVX2, "AVX512", "AVX512_VNNI"),
+}
+"""The instructions that ggml is allowed to use, as its options name them; native stands for all of this CPU's."""
+
+CPU_FLAGS = {"SSE42": "sse4_2", "AVX512": "avx512f"}
+"""What Linux calls them where it is another name."""
 
 VULKAN_PACKAGES = ("glslc", "libvulkan-dev", "mesa-vulkan-drivers", "spirv-headers")
 
@@ -33,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     commands = {"demo": demo, "test": test}
     if not arguments or arguments[0] not in commands:
-        print("usage: dev.py demo|test [ARGUMENT...]", file=sys.stderr)
+        print("usage: dev.py demo [ARGUMENT...] | test [--build native|avx2|avx512] [ARGUMENT...]", file=sys.stderr)
         return 2
     try:
         commands[arguments[0]](arguments[1:])
@@ -57,16 +74,35 @@ def test(arguments: Sequence[str]) -> None:
     All builds share one CMake tree, so each compiles only what the one before it lacks. Vulkan comes before the plain
     patched build because its last step is one long compile, which leaves the other cores to what the patches touch.
     """
+    parser = argparse.ArgumentParser(prog="dev.py test", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser.add_argument("--build", choices=BUILDS, default="native")
+    chosen, arguments = parser.parse_known_args(arguments)
+    options = instructions(chosen.build)
     make_environment()
-    environment = {"EDGE_SHIFTKV_STOCK_LIB": str(build_library("stock", "--stock"))}
+    environment = {"EDGE_SHIFTKV_STOCK_LIB": str(build_library("stock", "--stock", *options))}
     if make_vulkan_available():
-        environment["EDGE_SHIFTKV_VULKAN_LIB"] = str(build_library("vulkan", "--vulkan"))
-    build()
+        environment["EDGE_SHIFTKV_VULKAN_LIB"] = str(build_library("vulkan", "--vulkan", *options))
+    build(*options)
     pip("install", "--editable", ".[test,dev]")
     python("-m", "ruff", "format", "--check", "--quiet", ".")
     python("-m", "ruff", "check", "--quiet", ".")
     python("-m", "mypy")
     python("-m", "pytest", *arguments, environment=environment)
+
+
+def instructions(build: str) -> list[str]:
+    """The options of ``edge-shiftkv build`` for one of `BUILDS`; exit with a message where its code could not run."""
+    names = BUILDS[build]
+    if not names:
+        return []
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        sys.exit(f"--build {build} is for x86-64 CPUs, and this is {platform.machine()}")
+    if CPUINFO.exists():
+        flags = CPUINFO.read_text().partition("\nflags")[2].partition("\n")[0].split()
+        lacking = [name for name in names if CPU_FLAGS.get(name, name.lower()) not in flags]
+        if lacking:
+            sys.exit(f"--build {build} needs a CPU with {', '.join(lacking)}, which this one lacks")
+    return ["--no-native", *(f"--cmake-arg=-DGGML_{name}=ON" for name in names)]
 
 
 def make_environment() -> None:
@@ -82,11 +118,11 @@ def build(*options: str) -> None:
     python("edge_shiftkv_cli.py", "build", *options)
 
 
-def build_library(name: str, option: str) -> Path:
+def build_library(name: str, *options: str) -> Path:
     """Build a variant without installing it; return a folder with its shared libraries."""
     target = LIBRARIES / name
     shutil.rmtree(target, ignore_errors=True)
-    build(option, "--no-install", "--wheel-dir", str(target))
+    build(*options, "--no-install", "--wheel-dir", str(target))
     (wheel,) = target.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():

@@ -1,11 +1,14 @@
 """The tests that concern a device, once more on ggml's Vulkan backend; Mesa's software device will do.
 
 A device that is not the CPU shows what a host hides: reading device memory through a pointer, or an op a backend lacks.
+It takes a software device seconds to compute what a CPU does in milliseconds: each path is gone once. On a real GPU all
+tests marked `device` can be run, with EDGE_SHIFTKV_TEST_GPU_LAYERS.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +17,45 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 
-# A software device takes seconds for a case: of the tests marked `device`, those that reach every graph and layout.
 # Scores over quantized keys are left out: Vulkan quantizes the queries for them, which is coarser than the bounds.
 # Selection after a prefill with flash attention, too: Mesa 22.3 frees a buffer twice there, in a thread of its own.
-SELECTED = (
-    "test_first_layer or (test_architectures and not flash) or test_in_place or test_like_a_mask_per_head"
-    " or (test_second_turn and not quantized) or (test_many_selections and llama)"
+CASES = (
+    # The capture: of tokens, of embeddings, with M-RoPE, of a fused projection, of queries for rotated keys.
+    "test_capture.py::test_first_layer[qwen3]",
+    "test_capture.py::test_first_layer[phi3]",
+    "test_capture.py::test_first_layer[images]",
+    "test_capture.py::test_first_layer[qwen2vl-images]",
+    "test_capture.py::test_first_layer[rotated]",
+    # Every method's graph; MM-ShiftKV's with M-RoPE, and with windows and soft-capped attention, too.
+    "test_selection.py::test_architectures[llama-gqa-]",
+    "test_selection.py::test_architectures[gemma2-]",
+    "test_selection.py::test_architectures[qwen2vl-]",
+    "test_rules.py::test_every_architecture[llama-gqa-streaming-]",
+    "test_rules.py::test_every_architecture[llama-gqa-snapkv-]",
+    "test_rules.py::test_every_architecture[llama-gqa-keydiff-]",
+    "test_rules.py::test_every_architecture[llama-gqa-expected-]",
+    "test_rules.py::test_every_architecture[llama-gqa-random-]",
+    "test_rules.py::test_scores_of_the_caller[0-1-llama]",
+    "test_rules.py::test_keys_are_those_in_the_cache[q8_0]",
+    # Moving rows: values transposed and not, in every type, by the device's graph and through the host.
+    "test_handover.py::test_in_place[f32-32]",
+    "test_handover.py::test_in_place[f16-32]",
+    "test_handover.py::test_in_place[bf16-32]",
+    "test_handover.py::test_in_place[f16-flash-32]",
+    "test_handover.py::test_in_place[q8_0-f16-64]",
+    "test_handover.py::test_in_place[q8_0-flash-64]",
+    "test_handover.py::test_in_place[q4_0-flash-32]",
+    "test_handover.py::test_other_sequence[f16-32-streams]",
+    "test_handover.py::test_smaller_context[f16-32]",
+    "test_handover.py::test_streams_of_another_context[q8_0-flash-to-streams]",
+    "test_handover.py::test_fragmented_destination[f16-32-3]",
+    "test_handover.py::test_interleaved_source[f16-flash-32-1]",
+    "test_handover.py::test_images_and_windows[512-gemma3]",
+    # Decoding on what was moved, and selecting from it again.
+    "test_decoding.py::test_like_a_mask_per_head[gqa-f16--small]",
+    "test_decoding.py::test_like_a_mask_per_head[gqa-f16-flash-in-place]",
+    "test_multi_turn.py::test_second_turn[llama-in-place]",
+    "test_multi_turn.py::test_second_turn[gemma3-small]",
 )
 
 COUNT_DEVICES = """
@@ -42,13 +78,26 @@ def environment() -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def output(environment: dict[str, str], request: pytest.FixtureRequest) -> str:
+    """What pytest prints of all chosen cases, in one process: it takes the device seconds to compile the shaders."""
+    items = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    chosen = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+    command += [f"{TESTS / 'native'}/{case}" for case in chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    return done.stdout + done.stderr
+
+
 def test_there_is_a_device(environment: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-c", COUNT_DEVICES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_device_tests_pass_there(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "device", "-k", SELECTED, "-p", "no:cacheprovider"]
-    command.append(str(TESTS / "native"))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[:4000]
+@pytest.mark.parametrize("case", CASES)
+def test_on_the_device(output: str, case: str) -> None:
+    passed = re.search(rf"^tests/native/{re.escape(case)} PASSED", output, re.MULTILINE)
+    if not passed:
+        name = re.escape(case.partition("::")[2])
+        own = re.search(rf"^_+ (ERROR at \w+ of )?{name} _+$.*?(?=^(___|===))", output, re.MULTILINE | re.DOTALL)
+        pytest.fail(own[0] if own else f"{case} did not end:\n{output[-6000:]}", pytrace=False)

@@ -173,7 +173,7 @@ def random_ranking(seed: int, ties: bool) -> Ranking:
 @pytest.mark.parametrize("seed", range(5))
 def test_bounds_without_tolerance_are_the_votes(seed: int) -> None:
     ranking = random_ranking(seed, ties=False)
-    limits = comparison.bounds(ranking, 0.95, 0.0)
+    limits = comparison.bounds(ranking, 0.95, comparison.relative(ranking, 0.0))
     expected = reference.votes(ranking.mass, 0.95)
     assert np.array_equal(limits.votes_min, expected)
     assert np.array_equal(limits.votes_max, expected)
@@ -186,7 +186,7 @@ def test_bounds_without_tolerance_are_the_votes(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_bounds_cover_ties_and_rounding(seed: int) -> None:
     ranking = random_ranking(seed, ties=True)
-    limits = comparison.bounds(ranking, 0.95, 1e-3)
+    limits = comparison.bounds(ranking, 0.95, comparison.relative(ranking, 1e-3))
     rng = np.random.default_rng(seed)
     for _ in range(20):
         mass, last = (x * (1 + 1e-3 * rng.uniform(-1, 1, x.shape)) for x in (ranking.mass, ranking.last))
@@ -212,7 +212,7 @@ def broken(kept: Ints, how: str) -> Ints:
 @pytest.mark.parametrize("how", ["swapped", "unordered", "last-missing", "fewer"])
 def test_wrong_kept_sets_are_noticed(how: str) -> None:
     ranking = random_ranking(0, ties=False)
-    limits = comparison.bounds(ranking, 0.95, 1e-3)
+    limits = comparison.bounds(ranking, 0.95, comparison.relative(ranking, 1e-3))
     kept = reference.select(reference.votes(ranking.mass, 0.95) + ranking.last, 12)
     assert comparison.problems(limits, 12, kept, None) == []
     assert comparison.problems(limits, 12, broken(kept, how), None) != []

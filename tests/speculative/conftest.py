@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import llama_cpp.llama_cpp as llama_cpp
 import pytest
+from support.draws import Answers
 from support.gguf_random import Spec, write_model
 
 from edge_shiftkv import answering
 from edge_shiftkv.engine import engine
 from edge_shiftkv.native.llama import Model
-from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative import draft
 from edge_shiftkv.speculative.length import DraftLength, Plan
 from edge_shiftkv.speculative.records import Judged
-
-TIE = 1e-3  # logits; passes over one token and over several differ by rounding
-
-
-@dataclass
-class Drawn:
-    """The tokens of one answer, and how far each was above the second best, in logits with the noise of a draw."""
-
-    tokens: list[int] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-
-    def assert_same_as(self, other: Drawn) -> bool:
-        """Fail unless `other` drew the same, or did until two tokens were too close to tell apart, which gives True."""
-        for i, (a, b) in enumerate(zip(self.tokens, other.tokens, strict=False)):
-            if a != b:
-                assert self.gaps[i] < TIE, f"token {i} is {b}, not {a}, which is {self.gaps[i]} ahead"
-                return True
-        assert len(self.tokens) == len(other.tokens)
-        return False
 
 
 class _Shared(Model):
@@ -66,28 +47,27 @@ def share_models(loaded: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
-    """What targets draw from now on, answer by answer; without the end of a verified block that is not used."""
-    answers: list[Drawn] = []
-
-    class Recorder(Sampler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            answers.append(Drawn())
-
-        def sample(self, outputs, output=-1):
-            scores = self._adjusted(outputs.logits(output))
-            if self.sampling.temperature > 0:
-                choices = self.choices(outputs.logits(output))
-                scores = choices.scores + self.noise.gumbel(self.n_drawn, choices.tokens)
-            second, first = np.partition(np.append(scores, -np.inf), -2)[-2:]
-            token = super().sample(outputs, output)
-            answers[-1].tokens.append(token)
-            answers[-1].gaps.append(float(first - second))
-            return token
-
-    monkeypatch.setattr(answering, "Sampler", Recorder)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """What targets draw from now on."""
+    answers = Answers()
+    monkeypatch.setattr(answering, "Sampler", answers.sampler)
     return answers
+
+
+@pytest.fixture
+def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes over several tokens compute what as many passes over one do, bit for bit, whatever kernels there are.
+
+    For tests that compare whole texts; rounding is the business of those that use `drawn`. Contexts made before this
+    are as they were.
+    """
+    make = llama_cpp.llama_init_from_model
+
+    def one_at_a_time(model: object, params: llama_cpp.llama_context_params) -> object:
+        params.n_ubatch = 1
+        return make(model, params)
+
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", one_at_a_time)
 
 
 @dataclass(frozen=True)

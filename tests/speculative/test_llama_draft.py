@@ -8,7 +8,8 @@ from support.speakers import SENTENCES, write_speaker
 from edge_shiftkv import ModelError, ShiftKVError
 from edge_shiftkv.speculative.llama_draft import LlamaDraft
 
-SETTINGS = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+SETTINGS = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
+pytestmark = pytest.mark.usefixtures("token_by_token")
 PROMPTS = (SENTENCES[1], SENTENCES[1][:30], SENTENCES[3])
 
 

@@ -1,8 +1,10 @@
 """Drafts of every vocabulary for targets of every other, on models that have learned one text by heart."""
 
+import functools
 from itertools import permutations
 
 import pytest
+from support.draws import max_ties
 from support.speakers import SENTENCES, TEXT, VOCABULARIES, write_speaker
 
 from edge_shiftkv import Runtime
@@ -28,20 +30,24 @@ def alone():
 
 
 @pytest.fixture
-def target_alone(alone, share_models, speakers, drawn):
-    def get(target, prompt, **options):
-        key = (target, prompt, *options.items())
-        if key not in alone:
-            with Runtime(speakers[target], n_threads=1, n_ctx=256) as runtime:
-                runtime.generate(prompt, raw=True, max_tokens=N_TOKENS, **options)
-            alone[key] = drawn[-1]
-        return alone[key]
+def compare_with_target(alone, share_models, speakers, drawn):
+    def ask(target, prompt):
+        with Runtime(speakers[target], n_threads=1, n_ctx=256) as runtime:
+            runtime.generate(prompt, raw=True, max_tokens=N_TOKENS)
 
-    return get
+    def compare(target, prompt):
+        """The last answer with the target's own; how many tokens rounding decided."""
+        answer = drawn[-1]
+        if (target, prompt) not in alone:
+            ask(target, prompt)
+            alone[target, prompt] = drawn[-1]
+        return drawn.assert_same(alone[target, prompt], answer, lambda: ask(target, prompt))
+
+    return compare
 
 
 @pytest.mark.parametrize("target", VOCABULARIES)
-def test_greedy_answers_in_all_ordered_pairs(target, speakers, target_alone, drawn, record_property):
+def test_greedy_answers_in_all_ordered_pairs(target, speakers, compare_with_target, record_property):
     """Six languages and code: two of the prompts for each pair, so that every target and draft meets all."""
     accepted = ties = 0
     for i, draft in enumerate(VOCABULARIES):
@@ -49,12 +55,11 @@ def test_greedy_answers_in_all_ordered_pairs(target, speakers, target_alone, dra
             speakers[target], n_threads=1, n_ctx=256, draft=speakers[draft], draft_options=DraftOptions(4)
         ) as runtime:
             for prompt in (PROMPTS[i % len(PROMPTS)], PROMPTS[(i + 3) % len(PROMPTS)]):
-                expected = target_alone(target, prompt)
                 figures = runtime.generate(prompt, raw=True, max_tokens=N_TOKENS).figures.draft
                 accepted += figures.accepted
-                ties += expected.assert_same_as(drawn[-1])
+                ties += compare_with_target(target, prompt)
     record_property("ties", ties)
-    assert ties <= 2
+    assert ties <= max_ties(2 * len(VOCABULARIES) * N_TOKENS)
     assert accepted > len(VOCABULARIES)
 
 
@@ -64,18 +69,19 @@ def test_a_seed_gives_one_answer_with_drafts_of_any_vocabulary(target, speakers,
         (prompt, {"temperature": temperature, "seed": seed, "max_tokens": 2 * N_TOKENS, "raw": True})
         for seed, (prompt, temperature) in enumerate(zip(PROMPTS, (0.7, 1.0) * 4, strict=False))
     ]
-    with Runtime(speakers[target], n_threads=1, n_ctx=256) as runtime:
-        for prompt, options in requests:
-            runtime.generate(prompt, **options)
-    expected = drawn.copy()
     accepted = ties = 0
-    for draft in ("gpt-neox", "phi-3", "deepseek-coder"):
-        options = DraftOptions(3)
-        with Runtime(speakers[target], n_threads=1, n_ctx=256, draft=speakers[draft], draft_options=options) as runtime:
-            answers = [runtime.generate(prompt, **options) for prompt, options in requests]
-        ties += sum(a.assert_same_as(b) for a, b in zip(expected, drawn[-len(expected) :], strict=True))
-        accepted += sum(answer.figures.draft.accepted for answer in answers)
-    assert ties <= 2
+    with Runtime(speakers[target], n_threads=1, n_ctx=256) as alone:
+        for prompt, options in requests:
+            alone.generate(prompt, **options)
+        expected = drawn[:]
+        for draft in ("gpt-neox", "phi-3", "deepseek-coder"):
+            options = {"draft": speakers[draft], "draft_options": DraftOptions(3)}
+            with Runtime(speakers[target], n_threads=1, n_ctx=256, **options) as runtime:
+                for own, (prompt, options) in zip(expected, requests, strict=True):
+                    accepted += runtime.generate(prompt, **options).figures.draft.accepted
+                    ask = functools.partial(alone.generate, prompt, **options)
+                    ties += drawn.assert_same(own, drawn[-1], ask)
+    assert ties <= max_ties(3 * sum(len(own.tokens) for own in expected))
     assert accepted > 20
 
 
@@ -107,7 +113,7 @@ def test_a_draft_of_another_vocabulary_keeps_its_tokens(target, draft, speakers,
 
 
 @pytest.mark.parametrize("draft", ["qwen2", "starcoder"])
-def test_a_longer_token_may_take_the_place_of_the_last_one(draft, speakers, share_models, monkeypatch):
+def test_a_longer_token_may_take_the_place_of_the_last_one(draft, speakers, share_models, monkeypatch, token_by_token):
     """Single characters of SentencePiece end in the middle of what the draft knows as one token."""
 
     def accepted():

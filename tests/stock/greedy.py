@@ -18,7 +18,8 @@ from llama_cpp.llama_chat_format import Llava15ChatHandler
 
 def main(model: str, mmproj: str, picture: str, *prompts: str) -> None:
     """Print, for every prompt, the answer and a digest of the prompt's logits; then an answer on the picture."""
-    settings = {"n_ctx": 1024, "n_gpu_layers": 0, "n_threads": 2, "verbose": False}
+    # As the runtime sets them; flash attention is another kernel.
+    settings = {"n_ctx": 1024, "n_gpu_layers": 0, "n_threads": 2, "flash_attn": True, "verbose": False}
     plain = llama_cpp.Llama(model, logits_all=True, **settings)
     answers = []
     for prompt in prompts:
@@ -34,7 +35,9 @@ def main(model: str, mmproj: str, picture: str, *prompts: str) -> None:
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Read line 3."}]
     reply = seeing.create_chat_completion([{"role": "user", "content": content}], max_tokens=48, temperature=0.0)
     answers.append({"text": reply["choices"][0]["message"]["content"]})
-    print(json.dumps({"patched": hasattr(llama_cpp.llama_cpp._lib, "llama_shiftkv_select"), "answers": answers}))
+    patched = hasattr(llama_cpp.llama_cpp._lib, "llama_shiftkv_select")
+    kernels = llama_cpp.llama_print_system_info().decode()
+    print(json.dumps({"patched": patched, "kernels": kernels, "answers": answers}))
 
 
 if __name__ == "__main__":

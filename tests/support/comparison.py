@@ -51,20 +51,31 @@ class Bounds:
         return np.array(counts) >= budget - 1
 
 
-def bounds(ranking: Ranking, share: float, epsilon: float) -> Bounds:
-    """What the ranking allows if each mass, and each weight of the last query, is off by up to `epsilon` of itself."""
+def relative(ranking: Ranking, epsilon: float) -> Ranking:
+    """An error of `epsilon` of each mass, and of each weight of the last query."""
+    return Ranking(epsilon * ranking.mass, epsilon * ranking.last)
+
+
+def bounds(ranking: Ranking, share: float, error: Ranking) -> Bounds:
+    """What the ranking allows if each mass, and each weight of the last query, is off by up to its `error`."""
     low = np.zeros(ranking.last.shape, int)
     high = np.zeros(ranking.last.shape, int)
-    for head, groups in enumerate(ranking.mass):
-        for mass in groups:
-            ascending = np.sort(mass)
-            above = np.concatenate([ascending[::-1].cumsum()[::-1], [0.0]])  # the mass from the i-th smallest on
-            before_min = above[np.searchsorted(ascending, mass * (1 + 2 * epsilon), side="right")]
-            before_max = above[np.searchsorted(ascending, mass * (1 - 2 * epsilon), side="left")] - mass
-            threshold = share * mass.sum()
-            low[head] += before_max * (1 + epsilon) < threshold * (1 - epsilon)
-            high[head] += before_min * (1 - epsilon) < threshold * (1 + epsilon)
-    return Bounds(low, high, ranking.last, epsilon * ranking.last + _ULP * (1 + high))
+    for head, groups in enumerate(zip(ranking.mass, error.mass, strict=True)):
+        for mass, off in zip(*groups, strict=True):
+            least, most = mass - off, mass + off
+            # The mass before a key is that of the keys above it: at most of all that may be, at least of all that are.
+            before_max = _sum_from(most, least) - most
+            before_min = _sum_from(least, np.nextafter(most, np.inf))
+            low[head] += before_max < share * least.sum()
+            high[head] += before_min < share * most.sum()
+    return Bounds(low, high, ranking.last, error.last + _ULP * (1 + high))
+
+
+def _sum_from(values: Array, lowest: Array) -> Array:
+    """The sum of the values that are at least as high as each of `lowest`."""
+    ascending = np.sort(values)
+    sums = np.concatenate([ascending[::-1].cumsum()[::-1], [0.0]])
+    return sums[np.searchsorted(ascending, lowest, side="left")]
 
 
 def problems(limits: Bounds, budget: int, kept: Ints, scores: Array | None) -> list[str]:

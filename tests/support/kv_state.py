@@ -33,7 +33,7 @@ class Rows:
         return gguf.quants.dequantize(raw, self.type).astype(np.float32)
 
 
-@dataclass
+@dataclass(eq=False)
 class Cells:
     """A sequence's cells in one cache, in the order of its tokens. Layers are counted as the cache does."""
 
@@ -41,6 +41,23 @@ class Cells:
     """[n_cell, 3]: position, and M-RoPE's row and column."""
     k: list[Rows]
     v: list[Rows]
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Cells:
+        """Some of the cells."""
+        return Cells(
+            self.positions[chosen],
+            [Rows(rows.type, rows.raw[chosen]) for rows in self.k],
+            [Rows(rows.type, rows.raw[chosen]) for rows in self.v],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they hold the same, bit for bit."""
+        return (
+            isinstance(other, Cells)
+            and np.array_equal(self.positions, other.positions)
+            and [(rows.type, rows.raw.tobytes()) for rows in (*self.k, *self.v)]
+            == [(rows.type, rows.raw.tobytes()) for rows in (*other.k, *other.v)]
+        )
 
 
 class _Reader:
