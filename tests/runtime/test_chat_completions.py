@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from edge_shiftkv import PromptError
+from edge_shiftkv import PromptError, ShiftKVError, openai
 
 TEXT = {"type": "text", "text": "What is on it?"}
 
@@ -104,4 +104,29 @@ def test_turns_before_the_last_count(runtime):
 def test_what_is_not_in_the_schema_is_refused(runtime, messages, message, stream):
     with pytest.raises(PromptError, match=message):
         runtime.create_chat_completion(messages, stream=stream)
+    assert runtime.generate("Hello", max_tokens=1).text
+
+
+@pytest.mark.parametrize("n_chunks", [1, 3])
+def test_an_abandoned_stream_is_ended(runtime, n_chunks):
+    """Not only forgotten: something else may still hold the stream, and with it what the answer needs."""
+    stream = runtime.stream("Hello", max_tokens=16)
+    chunks = openai.chunks(stream, model="a model")
+    for _ in range(n_chunks):
+        next(chunks)
+    chunks.close()
+    assert list(stream) == []
+    with pytest.raises(ShiftKVError, match="not complete"):
+        _ = stream.completion
+
+
+def test_a_stream_that_fails_is_ended(runtime, monkeypatch):
+    stream = runtime.stream("Hello", max_tokens=16)
+    chunks = openai.chunks(stream, model="a model")
+    next(chunks)
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_shiftkv.decoding.Decoder.advance", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(chunks)
+    assert list(stream) == []
     assert runtime.generate("Hello", max_tokens=1).text
