@@ -295,6 +295,7 @@ ANOTHER_CPU = CPU.replace(" avx512f", "")
         (CPU.replace("flags\t\t: fpu sse2 avx2 avx512f", "isa\t\t: rv64imafdcv"), True),
         (f"{CPU}CPU part\t: 0xd40\n", True),
     ],
+    ids=["flags", "model", "frequency", "cores", "arm", "risc-v", "part"],
 )
 def test_cpus_are_told_apart_by_what_native_code_depends_on(
     monkeypatch: pytest.MonkeyPatch, other: str, differs: bool
@@ -313,7 +314,7 @@ def test_the_cpu_of_this_machine_is_described_by_its_flags() -> None:
     assert set(described) <= set(build.cpu_features().splitlines())
 
 
-@pytest.mark.parametrize("values", [("Apple M1", "Apple M2"), ("Intel: AVX2.0", "Intel: AVX1.0")])
+@pytest.mark.parametrize("values", [("Apple M1", "Apple M2"), ("Intel: AVX2.0", "Intel: AVX1.0")], ids=["arm", "intel"])
 def test_cpus_of_macs_are_told_apart_by_sysctl(monkeypatch: pytest.MonkeyPatch, values: tuple[str, str]) -> None:
     said = iter(values)
 
@@ -360,5 +361,32 @@ def test_what_cmake_reads_of_the_environment_changes_the_cache_key(monkeypatch: 
             patch.setenv(name, "x")
             keys.add(build.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
     assert len(keys) == 9
+    for name in ("_BACKEND", "_CMAKE_INCLUDE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(build, name, "another")
+            keys.add(build.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
+    assert len(keys) == 11
     monkeypatch.setattr("sysconfig.get_platform", lambda: "another")
     assert build.cache_key(Options(), {"a.patch": b"x"}, "cpu") not in keys
+
+
+def test_options_of_an_earlier_build_do_not_stay(workshop: Path) -> None:
+    """CMake's cache would keep a backend that was asked for once."""
+    build.build_wheel(Options(frozenset({"vulkan"})), list[str]().append)
+    remembered = workshop / "cache/build/CMakeCache.txt"
+    remembered.write_text("GGML_VULKAN:BOOL=ON")
+    build.build_wheel(Options(), list[str]().append)
+    assert not remembered.exists()
+
+
+def test_a_wheel_replaces_the_library_and_nothing_else(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it depends on is only installed where it is missing: force-reinstalling would replace numpy, too."""
+    wheel = build.build_wheel(Options(), list[str]().append)
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(build, "_pip", lambda *arguments: calls.append(arguments))
+    build.install_wheel(wheel, list[str]().append)
+    dependencies, library = calls
+    assert dependencies == ("install",)
+    assert library[0] == "install"
+    assert library[-1] == str(wheel)
+    assert {"--no-deps", "--force-reinstall"} == set(library[1:-1])

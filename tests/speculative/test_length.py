@@ -243,3 +243,61 @@ def test_passes_over_more_tokens_never_seem_to_take_less():
     for n, seconds in ((1, 1.0), (3, 2.0), (5, 1.5), (9, 0.5)):
         length.pass_took(n, seconds)
     assert [length._pass(n) for n in (1, 2, 5, 9)] == pytest.approx([1] + 3 * [4 / 3])
+
+
+@pytest.mark.parametrize(
+    ("machine", "before", "after", "least"),
+    [(replace(FAST, draft=0.25), 0.3, 0.95, 1.45), (FAST, 0.5, 0.9, 1.84)],
+    ids=["no drafts, then long ones", "short drafts, then long ones"],
+)
+def test_what_was_accepted_long_ago_counts_less(machine, before, after, least):
+    """In one long answer. With all of it remembered they are 1.37 and 1.79, with half of it each time 1.40 and 1.53."""
+    conceit = 0.9 if before == 0.3 else 0.0
+    n = 3000 if before == 0.3 else 2000
+    ratios = [
+        run(
+            machine,
+            lambda total: before if total < 1000 else after,
+            n_answers=1,
+            n_tokens=n,
+            conceit=conceit,
+            seed=seed,
+        )
+        for seed in range(8)
+    ]
+    assert np.mean([overall(ratio) for ratio, _ in ratios]) > least
+
+
+def test_a_machine_is_told_what_a_plain_pass_takes_now_and_then():
+    """Where all is drafted, nothing else would: a pass without a draft for every 256 tokens."""
+    _, lengths = run(FAST, 0.95, n_answers=4, n_tokens=2000)
+    plain = np.flatnonzero(lengths == 0)
+    assert 4 * 2000 / 256 - 4 <= len(plain) <= 4 * 2000 / 256 + 16
+
+
+def test_a_drafted_token_may_give_several_of_the_targets():
+    """A draft of another vocabulary, each of whose tokens is two of the target's: the best length is half as long."""
+    chance = 0.85
+    one, two = DraftLength(), DraftLength()
+    for length, per_token in ((one, 1), (two, 2)):
+        for n, seconds in ((1, 1.0), (3, 1.5), (5, 2.0), (9, 3.0)) * 3:
+            length.pass_took(n, seconds)
+        length.read(32, 0.32)
+        length.drafted(4, 0.4)
+        length.begin()
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            n_proposed = 4 * per_token
+            n_right = n_true(rng.random(n_proposed) < chance)
+            drafted = Drafted(
+                Proposal([0] * n_proposed),
+                n_drafted=4,
+                confidences=[chance**per_token] * 4,
+                n_read=1,
+                n_passes=3,
+                model_s=0.4,
+            )
+            length.passed(drafted, n_right + 1, pass_s=1 + 0.25 * n_proposed, round_s=1.4 + 0.25 * n_proposed)
+            length.pass_took(1, 1.0)
+    planned = [length.plan(remaining=100, unread=lambda: 1).n_draft for length in (one, two)]
+    assert 1 <= planned[1] < planned[0]

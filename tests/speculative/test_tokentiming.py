@@ -155,7 +155,7 @@ def test_probabilities_are_transferred_along_the_alignment(tmp_path_factory, mon
 @pytest.mark.parametrize("proposed", [0, 1, 2, 3])
 def test_a_proposed_token_is_taken_or_replaced_by_one_of_the_others(proposed, q):
     """With probability min(1, p/q), else p without it; in the place of the next token, p as it is."""
-    n = 6000
+    n = 2500
     p = np.array([0.45, 0.3, 0.2, 0.05])
     following = np.array([0.1, 0.2, 0.3, 0.4])
     rows = np.log([p, following]).astype(np.float32)
