@@ -92,3 +92,14 @@ def test_the_shade_grows_with_the_number_of_heads_that_kept_a_patch():
     blue = [int(panel(sheet)[y, x][2]) for y, x in ((160, 160), (160, 480), (480, 160), (480, 480))]
     assert blue[0] == RED[2]
     assert blue[0] < blue[1] < blue[2] < blue[3] == 255
+
+
+def test_tiles_are_put_together_row_by_row():
+    """Three columns of two tiles with 2 x 2 patches each; of the fourth tile, the first of the lower row, one patch."""
+    spans = [ImageSpan(0, 10 + 4 * i, 14 + 4 * i, 2, 2) for i in range(7)]
+    kept = 10 + 4 * 3 + 1  # its upper right patch
+    sheet = heatmap(selection_of([kept, 99], spans), [Image.new("RGB", (300, 200), "white")])
+    # 6 x 4 patches on 640 x 427 pixels
+    pixels = panel(sheet, 640, 427)
+    red = {(y, x) for y in range(4) for x in range(6) if tuple(pixels[53 + 107 * y, 53 + 107 * x]) == RED}
+    assert red == {(2, 1)}

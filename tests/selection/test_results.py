@@ -103,3 +103,11 @@ def test_grids_have_the_shape_of_their_picture(size, grid):
     prompt = Prompt([Text("x"), *pictures, Text("y")], None, projector)
     assert prompt.image_spans == [ImageSpan(0, 2, 14, *grid), ImageSpan(1, 14, 22, 4, 2)]
     assert (prompt.n_tokens, prompt.n_image_tokens) == (23, 20)
+
+
+def test_layers_may_have_different_numbers_of_heads():
+    kept = {0: np.array([[0, 2]], np.int32), 3: np.array([[0, 2], [1, 2], [0, 2]], np.int32)}
+    selection = Selection(kept, 3, [ImageSpan(0, 0, 2, 2, 1)])
+    assert (selection.n_heads, selection.n_kept, selection.layers) == (4, 2, (0, 3))
+    assert selection.counts().tolist() == [3, 1, 4]
+    assert selection.image_counts(0).tolist() == [3, 1]
