@@ -130,3 +130,14 @@ def test_a_stream_that_fails_is_ended(runtime, monkeypatch):
             list(chunks)
     assert list(stream) == []
     assert runtime.generate("Hello", max_tokens=1).text
+
+
+def test_usage_counts_the_whole_prompt_also_where_it_was_cut(runtime):
+    messages = [{"role": "user", "content": "What is on the picture? " * 3}]
+    whole = runtime.create_chat_completion(messages, max_tokens=6)["usage"]
+    runtime.kv_budget = 24
+    answer = runtime.create_chat_completion(messages, max_tokens=6)
+    *_, last = runtime.create_chat_completion(messages, max_tokens=6, stream=True)
+    assert answer["figures"]["kept_tokens"] == 24 < whole["prompt_tokens"]
+    assert answer["usage"] == last["usage"] == whole
+    assert whole["total_tokens"] == whole["prompt_tokens"] + whole["completion_tokens"]

@@ -301,3 +301,22 @@ def test_a_drafted_token_may_give_several_of_the_targets():
             length.pass_took(1, 1.0)
     planned = [length.plan(remaining=100, unread=lambda: 1).n_draft for length in (one, two)]
     assert 1 <= planned[1] < planned[0]
+
+
+def test_a_confidence_that_was_wrong_before_counts_less():
+    """Two drafts are right as often; one was as sure of it as it should have been, the other much more."""
+
+    def is_worth(confidence):
+        length = DraftLength()
+        for n, seconds in ((1, 1.0), (3, 1.5), (5, 2.0), (9, 3.0)) * 3:
+            length.pass_took(n, seconds)
+        length.read(32, 0.32)
+        length.drafted(4, 0.4)
+        length.begin()
+        draft = Drafted(Proposal([0] * 4), n_drafted=4, confidences=[0.5] * 4, n_read=1, n_passes=3, model_s=0.4)
+        for _ in range(50):
+            length.passed(replace(draft, confidences=[confidence] * 4), 2, pass_s=2.0, round_s=2.4)
+        return length.is_worth(replace(draft, confidences=[0.6] * 4))
+
+    assert is_worth(0.5)
+    assert not is_worth(0.95)
