@@ -276,31 +276,23 @@ def test_a_machine_is_told_what_a_plain_pass_takes_now_and_then():
 
 
 def test_a_drafted_token_may_give_several_of_the_targets():
-    """A draft of another vocabulary, each of whose tokens is two of the target's: the best length is half as long."""
-    chance = 0.85
-    one, two = DraftLength(), DraftLength()
-    for length, per_token in ((one, 1), (two, 2)):
-        for n, seconds in ((1, 1.0), (3, 1.5), (5, 2.0), (9, 3.0)) * 3:
+    """Of two drafts that are right for as long, that whose tokens are two of the target's each drafts less of them."""
+
+    def planned(per_token):
+        length = DraftLength()
+        for n, seconds in ((1, 1.0), (3, 1.2), (5, 1.4), (9, 1.8)) * 3:
             length.pass_took(n, seconds)
-        length.read(32, 0.32)
-        length.drafted(4, 0.4)
+        length.read(32, 0.032)
+        length.drafted(4, 0.08)
         length.begin()
-        rng = np.random.default_rng(0)
-        for _ in range(200):
-            n_proposed = 4 * per_token
-            n_right = n_true(rng.random(n_proposed) < chance)
-            drafted = Drafted(
-                Proposal([0] * n_proposed),
-                n_drafted=4,
-                confidences=[chance**per_token] * 4,
-                n_read=1,
-                n_passes=3,
-                model_s=0.4,
-            )
-            length.passed(drafted, n_right + 1, pass_s=1 + 0.25 * n_proposed, round_s=1.4 + 0.25 * n_proposed)
+        n = 4 * per_token
+        drafted = Drafted(Proposal([0] * n), n_drafted=4, confidences=[0.7] * 4, n_read=1, n_passes=3, model_s=0.08)
+        for _ in range(50):
+            length.passed(drafted, 3, pass_s=1 + 0.1 * n, round_s=1.08 + 0.1 * n)
             length.pass_took(1, 1.0)
-    planned = [length.plan(remaining=100, unread=lambda: 1).n_draft for length in (one, two)]
-    assert 1 <= planned[1] < planned[0]
+        return length.plan(remaining=100, unread=lambda: 1).n_draft
+
+    assert 1 <= planned(2) < planned(1)
 
 
 def test_a_confidence_that_was_wrong_before_counts_less():
