@@ -234,3 +234,27 @@ def test_a_batch_holds_a_picture_whose_tokens_see_each_other(
     with Runtime(tiny.text, mmproj, n_threads=1, kv_budget=kv_budget) as runtime:
         runtime.generate("abc", [tiny.picture], max_tokens=2)
     assert batches == [(576, n_batch)]
+
+
+def test_a_context_that_only_decodes_has_small_batches(tiny, monkeypatch):
+    """Those of a prompt make its buffers many times as large: it is not kept for answers on a cut cache."""
+    from edge_shiftkv.native.llama import Context
+
+    made, closed = [], []
+    init, close = Context.__init__, Context.close
+    monkeypatch.setattr(
+        Context, "__init__", lambda self, *rest, **options: (init(self, *rest, **options), made.append(self))[0]
+    )
+    monkeypatch.setattr(Context, "close", lambda self: (closed.append(self), close(self))[1])
+    with Runtime(tiny.text, n_threads=1) as runtime:
+        runtime.generate(PROMPT, max_tokens=4)
+        runtime.kv_budget = 16
+        for _ in range(2):
+            runtime.generate(PROMPT, max_tokens=4)
+        full, first, small, second = made
+        assert small.n_batch == 1 < min(full.n_batch, first.n_batch, second.n_batch)
+        assert closed == [full, first, second]
+        runtime.kv_budget = None
+        runtime.generate(PROMPT, max_tokens=4)
+        assert made[4].n_batch > 1
+        assert closed[3:] == [small]

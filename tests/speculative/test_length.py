@@ -312,3 +312,10 @@ def test_a_confidence_that_was_wrong_before_counts_less():
 
     assert is_worth(0.5)
     assert not is_worth(0.95)
+
+
+def test_other_answers_say_little_about_a_new_one():
+    """A draft that is sure of itself, and right in every other answer: with all of that carried over it is 1.02."""
+    options = {"n_prompt": 30, "n_answers": 40, "n_tokens": 101, "conceit": 0.9}
+    ratios = [run(AMX, lambda total: 0.9 if total // 100 % 2 else 0.2, seed=seed, **options)[0] for seed in range(6)]
+    assert np.mean([overall(ratio) for ratio in ratios]) > 1.15
