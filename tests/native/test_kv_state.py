@@ -27,7 +27,7 @@ def test_cells_are_read_in_the_order_of_their_tokens(load: Load) -> None:
         for theirs, ours in zip(expected.k + expected.v, found.k + found.v, strict=True):
             # Sums over cells that lie elsewhere are rounded otherwise.
             difference = np.abs(ours.values(2)[:, -31:] - theirs.values(2)[:, -31:]).max()
-            assert difference < 1e-3 < np.abs(ours.values(2)[:, -31:-1] - theirs.values(2)[:, -30:]).max()
+            assert difference < 0.05 < np.abs(ours.values(2)[:, -31:-1] - theirs.values(2)[:, -30:]).max()
 
 
 def test_values_are_read_by_token_whether_they_are_stored_so_or_not(load: Load) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +22,8 @@ from edge_shiftkv.speculative.draft import DraftOptions
 from edge_shiftkv.speculative.verify import Proposal, verify
 
 UNFILTERED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+Round = tuple[list[int], list[int], list[bytes], list[float]]
 
 
 def edit_distance(a: bytes, b: bytes) -> int:
@@ -103,52 +108,67 @@ class Observer:
         monkeypatch.setattr(loop, "verify", observed_verify)
 
 
-@pytest.mark.parametrize(("target", "draft"), [("qwen2", "phi-3"), ("falcon", "llama-spm"), ("llama-spm", "gpt-2")])
-def test_probabilities_are_transferred_along_the_alignment(tmp_path_factory, monkeypatch, target, draft):
+def test_probabilities_are_transferred_along_the_alignment(tmp_path_factory, monkeypatch):
     """From what the draft model holds in every round, its logits are computed anew, and all that follows in numpy."""
     folder = tmp_path_factory.mktemp("speakers")
-    paths = write_speaker(target, folder), write_speaker(draft, folder)
-    temperature = 0.8
-    observer = Observer(monkeypatch)
-    options = {"raw": True, "max_tokens": 24, "temperature": temperature, **UNFILTERED}
-    with Runtime(
-        paths[0], n_threads=1, n_ctx=512, draft=paths[1], draft_options=DraftOptions(4, "tokentiming")
-    ) as runtime:
+    n = n_one_to_many = n_many_to_one = 0
+    for names in (("qwen2", "phi-3"), ("falcon", "llama-spm"), ("llama-spm", "gpt-2")):
+        target, draft = (write_speaker(name, folder) for name in names)
+        with monkeypatch.context() as patch:
+            rounds = observed_rounds(patch, target, draft)
+        for texts, chances, proposed, q in with_chances(draft, rounds):
+            # Not in one batch with what went before, as the draft model read them.
+            assert q == pytest.approx(transferred(texts, chances, proposed), rel=0.02)
+            path = warping_path(texts, proposed)
+            n_one_to_many += len({i for i, _ in path}) < len(path)
+            n_many_to_one += len({j for _, j in path}) < len(path)
+            n += 1
+    assert n > 100
+    assert n_one_to_many > 40
+    assert n_many_to_one > 0  # a product of more than one
+
+
+TEMPERATURE = 0.8
+
+
+def observed_rounds(patch: pytest.MonkeyPatch, target: Path, draft: Path) -> list[Round]:
+    """What the draft held and drafted, what was proposed, and with which probabilities."""
+    observer = Observer(patch)
+    options = {"raw": True, "max_tokens": 24, "temperature": TEMPERATURE, **UNFILTERED}
+    with Runtime(target, n_threads=1, n_ctx=512, draft=draft, draft_options=DraftOptions(4, "tokentiming")) as runtime:
         for seed, sentence in enumerate(SENTENCES):
             runtime.generate(sentence[: len(sentence) // 2], seed=seed, **options)
         assert observer.target
-        cases = [
-            (held, drafted, [*map(observer.target.piece, proposal.tokens)], list(proposal.probabilities))
+        piece = observer.target.piece
+        return [
+            (held, drafted, [*map(piece, proposal.tokens)], list(proposal.probabilities))
             for held, drafted, overlap, proposal in observer.rounds
-            if proposal.tokens and overlap == 0
+            if proposal.tokens and overlap == 0 and all(map(piece, proposal.tokens))  # no end
         ]
-    n_one_to_many = n_many_to_one = n = 0
-    model = Model(paths[1], 0)
-    context = Context(model, 512, 512, type_k="f16", type_v="f16", n_threads=1, n_outputs=8)
-    for held, drafted, proposed, q in cases:
-        if b"" in [*map(model.piece, drafted), *proposed]:  # the draft ended
-            continue
-        # All but the last drafted token were read, to draft the next one.
-        assert held[len(held) - len(drafted) + 1 :] == drafted[:-1]
-        context.clear()
-        context.decode(held, 0, logits=len(drafted))
-        chances = []
-        for i, token in enumerate(drafted):
-            logits = context.logits(i - len(drafted)).astype(np.float64) / temperature
-            weights = np.exp(logits - logits.max())
-            chances.append(float(weights[token] / weights.sum()))
-        texts = [model.piece(token) for token in drafted]
-        # Not in one batch with what went before, as the draft model read them.
-        assert q == pytest.approx(transferred(texts, chances, proposed), rel=0.02)
-        path = warping_path(texts, proposed)
-        n_one_to_many += len({i for i, _ in path}) < len(path)
-        n_many_to_one += len({j for _, j in path}) < len(path)
-        n += 1
-    context.close()
-    model.close()
-    assert n > 15
-    assert n_one_to_many > 10
-    assert n_many_to_one > 0  # a product of more than one
+
+
+def with_chances(
+    draft: Path, rounds: list[Round]
+) -> Iterator[tuple[list[bytes], list[float], list[bytes], list[float]]]:
+    """The drafted tokens as bytes and their probabilities by softmax, and what was proposed."""
+    with (
+        closing(Model(draft, 0)) as model,
+        closing(Context(model, 512, 512, type_k="f16", type_v="f16", n_threads=1, n_outputs=8)) as context,
+    ):
+        for held, drafted, proposed, q in rounds:
+            texts = [model.piece(token) for token in drafted]
+            if b"" in texts:  # the draft ended
+                continue
+            # All but the last drafted token were read, to draft the next one.
+            assert held[len(held) - len(drafted) + 1 :] == drafted[:-1]
+            context.clear()
+            context.decode(held, 0, logits=len(drafted))
+            chances = []
+            for i, token in enumerate(drafted):
+                logits = context.logits(i - len(drafted)).astype(np.float64) / TEMPERATURE
+                weights = np.exp(logits - logits.max())
+                chances.append(float(weights[token] / weights.sum()))
+            yield texts, chances, proposed, q
 
 
 @pytest.mark.parametrize("q", [0.1, 0.35, 0.6, 0.95, 1.0])
