@@ -33,7 +33,6 @@ _TRUST = 8.0  # tokens that a draft's confidence foresaw rightly, before there w
 _CARRIED = 5.0  # weight, in tokens, that earlier answers have for the acceptance in a new one
 _WAIT, _LONGEST_WAIT = 10, 1024  # tokens without a draft until it is judged
 _CREDIT = 16.0  # plain passes that drafts gained and may lose again
-_REST = 4  # rounds without another thought, after one that was not worth a draft
 _FRESH, _REFRESH = 32, 256  # tokens for which a plain pass tells what others are worth, and after which one is measured
 _FORESEEN = 128  # tokens that an answer is expected to go on for, at most
 
@@ -98,7 +97,6 @@ class DraftLength:
         self._spent = 0.0
         self._lost = 0.0
         self._invested = 0.0
-        self._rest = 0
         self._is_judged = False
 
     @property
@@ -109,7 +107,7 @@ class DraftLength:
     def begin(self) -> None:
         """Begin an answer."""
         self._invested = 0.0
-        self._rest = self._since_seen = 0
+        self._since_seen = 0
         self._wait = _WAIT
         self._is_judged = False
         # Whether a draft's confidence can be trusted differs from answer to answer, too.
@@ -128,15 +126,6 @@ class DraftLength:
             return Plan(self._fixed)
         if self._since_plain >= _REFRESH:
             return Plan(0)  # to measure it
-        self._rest -= 1
-        if self._rest > 0:
-            return Plan(0)
-        plan = self._planned(remaining, unread)
-        if plan.n_draft == 0:
-            self._rest = _REST
-        return plan
-
-    def _planned(self, remaining: int, unread: Callable[[], int]) -> Plan:
         reading = unread() * self._draft_prompt_token.value
         foreseen = min(remaining, _FORESEEN)
         n = max(range(1, MOST + 1), key=self._rate)
@@ -155,7 +144,7 @@ class DraftLength:
         self._invested += took
         self._spent += took
         self._is_judged = True
-        self._rest = self._since_seen = 0
+        self._since_seen = 0
         self._wait = min(2 * self._wait, _LONGEST_WAIT)
         if judged.n_read >= MOST:
             self.read(judged.n_read, judged.seconds)

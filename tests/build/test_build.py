@@ -267,3 +267,126 @@ def test_sync_writes_only_what_differs(tmp_path: Path) -> None:
 
 def test_the_shipped_patches_are_found() -> None:
     assert (patches_dir() / "9000-vulkan-old-headers.patch").is_file()
+
+
+def pretend_cpu(monkeypatch: pytest.MonkeyPatch, cpuinfo: str) -> None:
+    """Have /proc/cpuinfo say this, and the platform be Linux."""
+    read_text = Path.read_text
+
+    def read(path: Path, *arguments: str, **options: str) -> str:
+        return cpuinfo if path == Path("/proc/cpuinfo") else read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Path, "read_text", read)
+
+
+CPU = "model name\t: A\ncpu MHz\t\t: 2250.000\nflags\t\t: fpu sse2 avx2 avx512f\n\n"
+ANOTHER_CPU = CPU.replace(" avx512f", "")
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (ANOTHER_CPU, True),
+        (CPU.replace(": A", ": B"), True),  # gcc tunes for the model, too
+        (CPU.replace("2250", "3000"), False),
+        (2 * CPU, False),  # another core of the same
+        (CPU.replace("flags\t\t: fpu sse2 avx2 avx512f", "Features\t: fp asimd sve"), True),
+        (CPU.replace("flags\t\t: fpu sse2 avx2 avx512f", "isa\t\t: rv64imafdcv"), True),
+        (f"{CPU}CPU part\t: 0xd40\n", True),
+    ],
+    ids=["flags", "model", "frequency", "cores", "arm", "risc-v", "part"],
+)
+def test_cpus_are_told_apart_by_what_native_code_depends_on(
+    monkeypatch: pytest.MonkeyPatch, other: str, differs: bool
+) -> None:
+    pretend_cpu(monkeypatch, CPU)
+    features = build.cpu_features()
+    pretend_cpu(monkeypatch, other)
+    assert (build.cpu_features() != features) is differs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_cpu_of_this_machine_is_described_by_its_flags() -> None:
+    lines = subprocess.run(["cat", "/proc/cpuinfo"], capture_output=True, text=True, check=True).stdout.splitlines()
+    described = [line for line in lines if line.split(":")[0].strip() in ("flags", "Features", "isa")]
+    assert described
+    assert set(described) <= set(build.cpu_features().splitlines())
+
+
+@pytest.mark.parametrize("values", [("Apple M1", "Apple M2"), ("Intel: AVX2.0", "Intel: AVX1.0")], ids=["arm", "intel"])
+def test_cpus_of_macs_are_told_apart_by_sysctl(monkeypatch: pytest.MonkeyPatch, values: tuple[str, str]) -> None:
+    said = iter(values)
+
+    def sysctl(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[0] == "sysctl"
+        assert {"machdep.cpu.brand_string", "machdep.cpu.leaf7_features", "hw.optional"} <= set(command[1:])
+        return subprocess.CompletedProcess(command, 1, next(said), "")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", sysctl)
+    assert build.cpu_features() != build.cpu_features()
+
+
+def test_a_cache_shared_by_machines_has_a_wheel_for_each_cpu(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code for another CPU ends in an illegal instruction: neither its wheel nor its objects may be used."""
+    compiled = workshop / "cache/build/a.cpp.o"
+    pretend_cpu(monkeypatch, CPU)
+    first = build.build_wheel(Options(), list[str]().append)
+    portable = build.build_wheel(Options(native=False), list[str]().append)
+    compiled.write_text("for the first CPU")
+    build.build_wheel(Options(cmake_args=("-DGGML_RPC=ON",)), list[str]().append)
+    assert compiled.exists(), "another build for the same CPU goes on with its objects"
+
+    pretend_cpu(monkeypatch, ANOTHER_CPU)
+    assert build.build_wheel(Options(native=False), list[str]().append) == portable
+    second = build.build_wheel(Options(), list[str]().append)
+    assert second != first
+    assert not compiled.exists(), "the objects are for another CPU"
+
+    compiled.write_text("for the second CPU")
+    pretend_cpu(monkeypatch, CPU)
+    assert build.build_wheel(Options(), list[str]().append) == first
+    assert compiled.exists(), "nothing was compiled"
+    build.build_wheel(Options(cmake_args=("-DGGML_RPC=OFF",)), list[str]().append)
+    assert not compiled.exists()
+
+
+def test_what_cmake_reads_of_the_environment_changes_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDAARCHS", "VULKAN_SDK"):
+        monkeypatch.delenv(name, raising=False)
+    keys = {build.cache_key(Options(), {"a.patch": b"x"}, "cpu")}
+    for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDAARCHS", "VULKAN_SDK"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "x")
+            keys.add(build.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
+    assert len(keys) == 9
+    for name in ("_BACKEND", "_CMAKE_INCLUDE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(build, name, "another")
+            keys.add(build.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
+    assert len(keys) == 11
+    monkeypatch.setattr("sysconfig.get_platform", lambda: "another")
+    assert build.cache_key(Options(), {"a.patch": b"x"}, "cpu") not in keys
+
+
+def test_options_of_an_earlier_build_do_not_stay(workshop: Path) -> None:
+    """CMake's cache would keep a backend that was asked for once."""
+    build.build_wheel(Options(frozenset({"vulkan"})), list[str]().append)
+    remembered = workshop / "cache/build/CMakeCache.txt"
+    remembered.write_text("GGML_VULKAN:BOOL=ON")
+    build.build_wheel(Options(), list[str]().append)
+    assert not remembered.exists()
+
+
+def test_a_wheel_replaces_the_library_and_nothing_else(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it depends on is only installed where it is missing: force-reinstalling would replace numpy, too."""
+    wheel = build.build_wheel(Options(), list[str]().append)
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(build, "_pip", lambda *arguments: calls.append(arguments))
+    build.install_wheel(wheel, list[str]().append)
+    dependencies, library = calls
+    assert dependencies == ("install",)
+    assert library[0] == "install"
+    assert library[-1] == str(wheel)
+    assert {"--no-deps", "--force-reinstall"} == set(library[1:-1])

@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from edge_shiftkv import PromptError
+from edge_shiftkv import PromptError, ShiftKVError, openai
 
 TEXT = {"type": "text", "text": "What is on it?"}
 
@@ -105,3 +105,39 @@ def test_what_is_not_in_the_schema_is_refused(runtime, messages, message, stream
     with pytest.raises(PromptError, match=message):
         runtime.create_chat_completion(messages, stream=stream)
     assert runtime.generate("Hello", max_tokens=1).text
+
+
+@pytest.mark.parametrize("n_chunks", [1, 3])
+def test_an_abandoned_stream_is_ended(runtime, n_chunks):
+    """Not only forgotten: something else may still hold the stream, and with it what the answer needs."""
+    stream = runtime.stream("Hello", max_tokens=16)
+    chunks = openai.chunks(stream, model="a model")
+    for _ in range(n_chunks):
+        next(chunks)
+    chunks.close()
+    assert list(stream) == []
+    with pytest.raises(ShiftKVError, match="not complete"):
+        _ = stream.completion
+
+
+def test_a_stream_that_fails_is_ended(runtime, monkeypatch):
+    stream = runtime.stream("Hello", max_tokens=16)
+    chunks = openai.chunks(stream, model="a model")
+    next(chunks)
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_shiftkv.engine.slot.Slot.advance", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(chunks)
+    assert list(stream) == []
+    assert runtime.generate("Hello", max_tokens=1).text
+
+
+def test_usage_counts_the_whole_prompt_also_where_it_was_cut(runtime):
+    messages = [{"role": "user", "content": "What is on the picture? " * 3}]
+    whole = runtime.create_chat_completion(messages, max_tokens=6)["usage"]
+    runtime.kv_budget = 24
+    answer = runtime.create_chat_completion(messages, max_tokens=6)
+    *_, last = runtime.create_chat_completion(messages, max_tokens=6, stream=True)
+    assert answer["figures"]["kept_tokens"] == 24 < whole["prompt_tokens"]
+    assert answer["usage"] == last["usage"] == whole
+    assert whole["total_tokens"] == whole["prompt_tokens"] + whole["completion_tokens"]

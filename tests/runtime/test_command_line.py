@@ -1,3 +1,4 @@
+import inspect
 import json
 import shutil
 import signal
@@ -5,8 +6,10 @@ import signal
 import pytest
 from PIL import Image
 
-from edge_shiftkv import Runtime, cli
+from edge_shiftkv import Runtime, ShiftKVError, cli
+from edge_shiftkv.sampling import Sampling
 from edge_shiftkv.selection.methods import METHODS
+from edge_shiftkv.speculative.options import DraftOptions
 
 PROMPT = "What is on the picture? " * 3
 
@@ -141,3 +144,100 @@ def test_the_shipped_model_reads_its_document(demo, capsys):
     assert cli.main(["run", "-m", str(demo / "demo-text-q8_0.gguf"), "-p", "x", "-n", "1"]) == 0
     assert cli.main(["demo"]) == 0
     assert "kv_budget 96" in capsys.readouterr().out
+
+
+class AskedError(Exception):
+    """What a runtime was made with, and asked."""
+
+
+# Every option of `run` that reaches the runtime: an argument, the value it is passed on as, and by what name.
+SETTINGS = {
+    "--model": ("some.gguf", "model", "some.gguf"),
+    "--mmproj": ("some-mmproj.gguf", "mmproj", "some-mmproj.gguf"),
+    "--kv-budget": ("24", "kv_budget", 24),
+    "--kv-method": ("snapkv", "kv_method", "snapkv"),
+    "--n-ctx": ("300", "n_ctx", 300),
+    "--type-k": ("q8_0", "type_k", "q8_0"),
+    "--type-v": ("q4_0", "type_v", "q4_0"),
+    "--gpu-layers": ("7", "n_gpu_layers", 7),
+    "--threads": ("3", "n_threads", 3),
+    "--draft": ("some-draft.gguf", "draft", "some-draft.gguf"),
+    "--draft-tokens": ("5", "draft_options", DraftOptions(5)),
+    "--draft-rule": ("tokentiming", "draft_options", DraftOptions(rule="tokentiming")),
+    "--draft-mmproj": ("its-mmproj.gguf", "draft_options", DraftOptions(mmproj="its-mmproj.gguf")),
+}
+REQUEST = {
+    "--prompt": ("What?", "prompt", "What?"),
+    "--raw": (None, "raw", True),
+    "--max-tokens": ("17", "max_tokens", 17),
+    "--temperature": ("1.5", "temperature", 1.5),
+    "--top-k": ("3", "top_k", 3),
+    "--top-p": ("0.5", "top_p", 0.5),
+    "--min-p": ("0.25", "min_p", 0.25),
+    "--seed": ("11", "seed", 11),
+    "--repeat-penalty": ("1.5", "repeat_penalty", 1.5),
+    "--presence-penalty": ("0.5", "presence_penalty", 0.5),
+    "--frequency-penalty": ("0.75", "frequency_penalty", 0.75),
+    "--stop": ("END", "stop", ["END"]),
+}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A function: arguments to what the runtime is made with, and what it is asked."""
+
+    class Recorder:
+        def __init__(self, model, mmproj, **settings):
+            self.settings = {"model": model, "mmproj": mmproj, **settings}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def stream(self, prompt, images, **options):
+            raise AskedError(self.settings, {"prompt": prompt, **options})
+
+    def call(*arguments):
+        monkeypatch.setattr("edge_shiftkv.commands.Runtime", Recorder)
+        with pytest.raises(AskedError) as recorded:
+            cli.main(["run", "--model", "m.gguf", "--prompt", "x", *arguments])
+        return recorded.value.args
+
+    return call
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, *REQUEST])
+def test_every_argument_of_run_reaches_the_runtime(asked, name):
+    which, table = (0, SETTINGS) if name in SETTINGS else (1, REQUEST)
+    text, key, value = table[name]
+    before, after = asked(), asked(name) if text is None else asked(name, text)
+    assert after[which][key] == value != before[which][key]
+    # It changes nothing else.
+    assert after[1 - which] == before[1 - which]
+    assert {**after[which], key: None} == {**before[which], key: None}
+
+
+def test_the_defaults_of_run_are_those_of_a_request(asked):
+    settings, options = asked()
+    del settings["model"]
+    signature = inspect.signature(Runtime.__init__)
+    assert settings.pop("draft_options") == DraftOptions()
+    assert settings == {name: signature.parameters[name].default for name in settings}
+    assert (options.pop("prompt"), options.pop("raw"), options.pop("max_tokens")) == ("x", False, 512)
+    assert options.pop("stop") is None
+    assert options == {name: getattr(Sampling(), name) for name in options}
+
+
+def test_pictures_are_only_fetched_when_asked_for(monkeypatch):
+    allowed = []
+
+    def load(image, *, allow_http=False, **_):
+        allowed.append((image, allow_http))
+        raise ShiftKVError("not now")
+
+    monkeypatch.setattr("edge_shiftkv.commands.load_image", load)
+    arguments = ["run", "-m", "m.gguf", "-p", "x", "--image", "http://example.org/a.png"]
+    assert cli.main(arguments) == cli.main([*arguments, "--allow-http"]) == 1
+    assert allowed == [("http://example.org/a.png", False), ("http://example.org/a.png", True)]

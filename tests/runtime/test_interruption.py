@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from edge_shiftkv import BusyError, ClosedError, Runtime, ShiftKVError
-from edge_shiftkv.native import calls
+from edge_shiftkv.native import calls, logs
 
 PROMPT = "What is on the picture? " * 3
 
@@ -173,3 +173,15 @@ def test_many_threads_get_right_answers_or_are_refused(runtime, expected):
         thread.join()
     assert set(outcomes) <= {expected}
     assert runtime.generate(PROMPT, max_tokens=16).text == expected
+
+
+def test_levels_of_the_log(caplog):
+    """ggml's debug, info, warn and error; a line that goes on has the level of the one before."""
+    levels = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+    with caplog.at_level(logging.DEBUG, logger="edge_shiftkv.llama_cpp"):
+        for number in levels:
+            logs._callback(number, b"a line\n", None)
+            logs._callback(5, b"and the rest\n", None)
+        logs._callback(2, b".....", None)  # progress
+    expected = [(level, text) for level in levels.values() for text in ("a line", "and the rest")]
+    assert [(record.levelno, record.message) for record in caplog.records] == expected

@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from edge_shiftkv import PromptError, Runtime, ShiftKVError, cli
+from edge_shiftkv import SettingError, Runtime, ShiftKVError, cli
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.selection.methods import METHODS, Random, ShiftKV, SnapKV, StreamingLLM
@@ -24,14 +24,67 @@ def cut(runtime):
     runtime.kv_method = method
 
 
+# The native method, the queries to capture for it, and what differs from its published settings.
+NATIVE = {
+    "mixed": (shiftkv.Method.SHIFTKV, 8, {"n_proxy": 256, "observed": 0.5, "n_window": 8, "n_pool": 9}),
+    "paper": (shiftkv.Method.SHIFTKV, 1, {}),
+    "streamingllm": (shiftkv.Method.STREAMINGLLM, 1, {}),
+    "snapkv": (shiftkv.Method.SNAPKV, 32, {}),
+    "keydiff": (shiftkv.Method.KEYDIFF, 1, {}),
+    "expected-attention": (shiftkv.Method.EXPECTED_ATTENTION, 512, {}),
+    "random": (shiftkv.Method.RANDOM, 1, {}),
+}
+
+
+def kept_natively(path, prompt, name):
+    """The kept tokens by layer, and the four tokens after the first one, by the library alone."""
+    kind, n_query, settings = NATIVE[name]
+    options = {"type_k": "f16", "type_v": "f16", "n_threads": 1}
+    with closing(Model(path, 0)) as model:
+        tokens = model.tokenize(prompt)
+        with closing(Context(model, len(tokens), 512, **options)) as large:
+            shiftkv.capture(large, n_query)
+            large.decode(tokens, 0)
+            drawn = [int(np.argmax(large.logits()))]
+            params = shiftkv.default_params(kind)
+            params.budget = BUDGET
+            for setting, value in settings.items():
+                setattr(params, setting, value)
+            shiftkv.select(large, params)
+            with closing(Context(model, BUDGET + 5, 1, **options)) as small:
+                position = shiftkv.compact(large, small)
+                kept = {layer: rows.tolist() for layer, rows in shiftkv.kept(large).items()}
+                assert position == len(tokens)
+                for i in range(4):
+                    small.decode(drawn[-1:], position + i)
+                    drawn.append(int(np.argmax(small.logits())))
+        return kept, b"".join(map(model.piece, drawn)).decode()
+
+
+def test_every_method_keeps_what_the_library_does_with_its_settings(cut, tiny):
+    assert NATIVE.keys() == METHODS.keys()
+    found = {}
+    for name in METHODS:
+        cut.kv_method = name
+        answer = cut.generate(PROMPT, raw=True, max_tokens=5)
+        assert answer.figures.kept_tokens == BUDGET
+        assert answer.figures.generated_tokens == 5
+        selection = answer.selection
+        found[name] = {layer: [selection.kept(layer, head).tolist() for head in range(2)] for layer in selection.layers}
+        assert (found[name], answer.text) == kept_natively(tiny.text, PROMPT, name), name
+    # No two of them are the same, so that none can stand in for another.
+    assert len({repr(kept) for kept in found.values()}) == len(METHODS)
+    cut.kv_method = None
+    answer = cut.generate(PROMPT, raw=True, max_tokens=1)
+    assert [answer.selection.kept(layer, 1).tolist() for layer in range(3)] == [found["mixed"][i][1] for i in range(3)]
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_answers(cut, tiny, name):
+def test_every_method_takes_pictures(cut, tiny, name):
     cut.kv_method = name
     answer = cut.generate(PROMPT, [tiny.picture], max_tokens=5)
-    assert answer.figures.kept_tokens == BUDGET
-    assert answer.figures.generated_tokens == 5
-    cut.kv_method = METHODS[name]()
-    assert cut.generate(PROMPT, [tiny.picture], max_tokens=5).text == answer.text
+    assert (answer.figures.kept_tokens, answer.figures.generated_tokens) == (BUDGET, 5)
+    assert answer.selection.counts().sum() == 6 * BUDGET
 
 
 def test_methods_keep_what_they_say(cut, tiny):
@@ -51,10 +104,10 @@ def test_methods_keep_what_they_say(cut, tiny):
 def test_methods_by_name(tiny, cut):
     with Runtime(tiny.text, kv_method="snapkv", n_threads=1) as runtime:
         assert runtime.kv_method == SnapKV()
-    with pytest.raises(PromptError, match="'h2o' is not known"):
+    with pytest.raises(SettingError, match="'h2o' is not known"):
         Runtime(tiny.text, kv_method="h2o", n_threads=1)
     cut.kv_method = "random"
-    with pytest.raises(PromptError, match="'h2o' is not known"):
+    with pytest.raises(SettingError, match="'h2o' is not known"):
         cut.kv_method = "h2o"
     assert cut.kv_method == Random()
     cut.kv_method = None

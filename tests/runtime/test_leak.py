@@ -51,7 +51,7 @@ def refused(runtime, picture):
 
 
 @pytest.mark.parametrize("request_", [cut_with_a_picture, full_with_pictures, abandoned, refused])
-def test_a_thousand_requests_do_not_leak(tiny, request_):
+def test_requests_do_not_leak(tiny, request_):
     with Runtime(tiny.text, tiny.mmproj, n_threads=1) as runtime:
         assert_bounded(lambda: request_(runtime, tiny.picture), 250)
 

@@ -73,3 +73,33 @@ def test_a_tiled_picture_has_its_tiles_and_its_overview(tiny):
     image = Image.open(tiny.picture)
     whole = heatmap(selection_of([99], [ImageSpan(0, 10, 14, 2, 2)]), [image])
     assert heatmap(selection, [image]).width == whole.width + 640 + 24
+
+
+def test_each_picture_is_shaded_by_what_was_kept_of_it():
+    # 2 x 2 patches each: the upper left one of the first picture, the lower right one of the second, all of the third.
+    spans = [ImageSpan(i, 10 * (i + 1), 10 * (i + 1) + 4, 2, 2) for i in range(3)]
+    sheet = heatmap(selection_of([10, 23, 30, 31, 32, 33, 99], spans), [Image.new("RGB", (64, 64), "white")] * 3)
+    corners = [(160, 160), (160, 480), (480, 160), (480, 480)]
+    shaded = [[tuple(np.asarray(sheet)[100 + y, 24 + i * (640 + 24) + x]) == RED for y, x in corners] for i in range(3)]
+    assert shaded == [[True, False, False, False], [False, False, False, True], [True] * 4]
+
+
+def test_the_shade_grows_with_the_number_of_heads_that_kept_a_patch():
+    # Five heads of one layer; patch 0 was kept by all of them, 1 by three, 2 by one, 3 by none.
+    kept = np.array([[10, 11, 12], [10, 11, 98], [10, 11, 98], [10, 97, 98], [10, 97, 98]], np.int32)
+    span = ImageSpan(0, 10, 14, 2, 2)
+    sheet = heatmap(Selection({3: kept}, 100, [span]), [Image.new("RGB", (64, 64), "white")])
+    blue = [int(panel(sheet)[y, x][2]) for y, x in ((160, 160), (160, 480), (480, 160), (480, 480))]
+    assert blue[0] == RED[2]
+    assert blue[0] < blue[1] < blue[2] < blue[3] == 255
+
+
+def test_tiles_are_put_together_row_by_row():
+    """Three columns of two tiles with 2 x 2 patches each; of the fourth tile, the first of the lower row, one patch."""
+    spans = [ImageSpan(0, 10 + 4 * i, 14 + 4 * i, 2, 2) for i in range(7)]
+    kept = 10 + 4 * 3 + 1  # its upper right patch
+    sheet = heatmap(selection_of([kept, 99], spans), [Image.new("RGB", (300, 200), "white")])
+    # 6 x 4 patches on 640 x 427 pixels
+    pixels = panel(sheet, 640, 427)
+    red = {(y, x) for y in range(4) for x in range(6) if tuple(pixels[53 + 107 * y, 53 + 107 * x]) == RED}
+    assert red == {(2, 1)}

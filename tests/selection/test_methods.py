@@ -5,6 +5,7 @@ import pytest
 from edge_shiftkv import SettingError, ShiftKV
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.selection.methods import (
+    DEFAULT_METHOD,
     METHODS,
     ExpectedAttention,
     KeyDiff,
@@ -148,6 +149,13 @@ def test_no_method_of_the_library():
 def test_the_papers_settings_by_name():
     paper = method("paper").params(64, "llama")
     assert values(paper) == values(shiftkv.default_params(shiftkv.Method.SHIFTKV)) | {"budget": 64}
+
+
+def test_the_settings_of_the_default_method():
+    """They are what docs/quality.md was measured with; another window, kernel or share is another method."""
+    assert DEFAULT_METHOD == "mixed"
+    mixed = {"n_proxy": 256, "observed": 0.5, "n_window": 8, "n_pool": 9}
+    assert changed(method("mixed")) == ({"budget": 31, **mixed}, 8)
 
 
 def test_unknown_names_say_which_there_are():

@@ -1,7 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_shiftkv import ImageSpan, Runtime, Selection, ShiftKV
+from edge_shiftkv.native.mtmd import ImageChunk, Text, TextChunk
+from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.selection.results import guess_grid
 
 PROMPT = "What is on the picture? " * 3
@@ -87,3 +92,22 @@ def test_a_tiled_picture_has_a_span_for_each_tile(tiny):
         selection = runtime.generate(PROMPT, [tiny.picture], max_tokens=1).selection
     assert [span.image for span in selection.image_spans] == [0] * 5
     assert selection.image_counts(0).shape == (5 * 16,)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((100, 300), (2, 6)), ((300, 100), (6, 2))])
+def test_grids_have_the_shape_of_their_picture(size, grid):
+    """Twelve tokens whose rows mtmd does not tell, between text; and a picture whose rows it does."""
+    pictures = [Image.new("RGB", size), Image.new("RGB", size)]
+    chunks = [TextChunk([1, 2]), ImageChunk(0, 12, 12, 1, 0), ImageChunk(1, 8, 4, 2, 0), TextChunk([3])]
+    projector = SimpleNamespace(tokenize=lambda parts: SimpleNamespace(items=chunks, close=lambda: None))
+    prompt = Prompt([Text("x"), *pictures, Text("y")], None, projector)
+    assert prompt.image_spans == [ImageSpan(0, 2, 14, *grid), ImageSpan(1, 14, 22, 4, 2)]
+    assert (prompt.n_tokens, prompt.n_image_tokens) == (23, 20)
+
+
+def test_layers_may_have_different_numbers_of_heads():
+    kept = {0: np.array([[0, 2]], np.int32), 3: np.array([[0, 2], [1, 2], [0, 2]], np.int32)}
+    selection = Selection(kept, 3, [ImageSpan(0, 0, 2, 2, 1)])
+    assert (selection.n_heads, selection.n_kept, selection.layers) == (4, 2, (0, 3))
+    assert selection.counts().tolist() == [3, 1, 4]
+    assert selection.image_counts(0).tolist() == [3, 1]

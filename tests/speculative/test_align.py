@@ -87,3 +87,12 @@ def test_the_band_limits_the_path() -> None:
 def test_nothing_to_align(a: list[bytes], b: list[bytes]) -> None:
     with pytest.raises(ValueError, match="empty"):
         align(a, b)
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 3), (2, 4), (4, 2)])
+def test_of_equal_costs_a_step_in_both_comes_first(m: int, n: int) -> None:
+    """As late as it can be: tokens are then aligned one to one, from the end on."""
+    path = align([b"x"] * m, [b"x"] * n).path
+    k = min(m, n)
+    assert path[-k:] == [(m - k + i, n - k + i) for i in range(k)]
+    assert len(path) == max(m, n)

@@ -237,3 +237,12 @@ def test_names_of_control_tokens_stay_text(load: Load) -> None:
     got = Bridge(a, b).proxies([], a.tokenize(text))
     assert text_of(b, got) == text.encode()
     assert not any(map(b.ends_generation, got))
+
+
+@pytest.mark.parametrize("overlap", [1, 2, 3])
+def test_a_draft_that_does_not_begin_as_the_text_ends_is_not_used(load: Load, overlap: int) -> None:
+    a, b = load("gpt-2"), load("qwen2")
+    held = b.tokenize("one two")
+    assert Bridge(a, b).proxies(held, a.tokenize("xyz and on"), overlap=overlap) == []
+    drafted = a.tokenize("one two"[-overlap:] + " and on")
+    assert text_of(b, Bridge(a, b).proxies(held, drafted, overlap=overlap)) == b" and on"

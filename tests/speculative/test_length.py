@@ -242,3 +242,79 @@ def test_passes_over_more_tokens_never_seem_to_take_less():
     for n, seconds in ((1, 1.0), (3, 2.0), (5, 1.5), (9, 0.5)):
         length.pass_took(n, seconds)
     assert [length._pass(n) for n in (1, 2, 5, 9)] == pytest.approx([1] + 3 * [4 / 3])
+
+
+@pytest.mark.parametrize(
+    ("machine", "before", "after", "least"),
+    [(replace(FAST, draft=0.25), 0.3, 0.95, 1.45), (FAST, 0.5, 0.9, 1.84)],
+    ids=["no drafts, then long ones", "short drafts, then long ones"],
+)
+def test_what_was_accepted_long_ago_counts_less(machine, before, after, least):
+    """In one long answer. With all of it remembered they are 1.37 and 1.79, with half of it each time 1.40 and 1.53."""
+    conceit = 0.9 if before == 0.3 else 0.0
+    n = 3000 if before == 0.3 else 2000
+    ratios = [
+        run(
+            machine,
+            lambda total: before if total < 1000 else after,
+            n_answers=1,
+            n_tokens=n,
+            conceit=conceit,
+            seed=seed,
+        )
+        for seed in range(8)
+    ]
+    assert np.mean([overall(ratio) for ratio, _ in ratios]) > least
+
+
+def test_a_machine_is_told_what_a_plain_pass_takes_now_and_then():
+    """Where all is drafted, nothing else would: a pass without a draft for every 256 tokens."""
+    _, lengths = run(FAST, 0.95, n_answers=4, n_tokens=2000)
+    plain = np.flatnonzero(lengths == 0)
+    assert 4 * 2000 / 256 - 4 <= len(plain) <= 4 * 2000 / 256 + 16
+
+
+def test_a_drafted_token_may_give_several_of_the_targets():
+    """Of two drafts that are right for as long, that whose tokens are two of the target's each drafts less of them."""
+
+    def planned(per_token):
+        length = DraftLength()
+        for n, seconds in ((1, 1.0), (3, 1.2), (5, 1.4), (9, 1.8)) * 3:
+            length.pass_took(n, seconds)
+        length.read(32, 0.032)
+        length.drafted(4, 0.08)
+        length.begin()
+        n = 4 * per_token
+        drafted = Drafted(Proposal([0] * n), n_drafted=4, confidences=[0.7] * 4, n_read=1, n_passes=3, model_s=0.08)
+        for _ in range(50):
+            length.passed(drafted, 3, pass_s=1 + 0.1 * n, round_s=1.08 + 0.1 * n)
+            length.pass_took(1, 1.0)
+        return length.plan(remaining=100, unread=lambda: 1).n_draft
+
+    assert 1 <= planned(2) < planned(1)
+
+
+def test_a_confidence_that_was_wrong_before_counts_less():
+    """Two drafts are right as often; one was as sure of it as it should have been, the other much more."""
+
+    def is_worth(confidence):
+        length = DraftLength()
+        for n, seconds in ((1, 1.0), (3, 1.5), (5, 2.0), (9, 3.0)) * 3:
+            length.pass_took(n, seconds)
+        length.read(32, 0.32)
+        length.drafted(4, 0.4)
+        length.begin()
+        draft = Drafted(Proposal([0] * 4), n_drafted=4, confidences=[0.5] * 4, n_read=1, n_passes=3, model_s=0.4)
+        for _ in range(50):
+            length.passed(replace(draft, confidences=[confidence] * 4), 2, pass_s=2.0, round_s=2.4)
+        return length.is_worth(replace(draft, confidences=[0.6] * 4))
+
+    assert is_worth(0.5)
+    assert not is_worth(0.95)
+
+
+def test_other_answers_say_little_about_a_new_one():
+    """A draft that is sure of itself, and right in every other answer: with all of that carried over it is 1.02."""
+    options = {"n_prompt": 30, "n_answers": 40, "n_tokens": 101, "conceit": 0.9}
+    ratios = [run(AMX, lambda total: 0.9 if total // 100 % 2 else 0.2, seed=seed, **options)[0] for seed in range(6)]
+    assert np.mean([overall(ratio) for ratio in ratios]) > 1.15

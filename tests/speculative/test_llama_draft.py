@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from llama_cpp import Llama
+from support import tiny_models
 from support.speakers import SENTENCES, write_speaker
 
 from edge_shiftkv import ModelError, ShiftKVError
+from edge_shiftkv.speculative.bridge import Bridge
 from edge_shiftkv.speculative.llama_draft import LlamaDraft
 
 SETTINGS = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
@@ -70,3 +72,23 @@ def test_bad_input(folder, tmp_path):
         LlamaDraft(tmp_path / "missing.gguf", path)
     with pytest.raises(ShiftKVError, match="n_draft is 0"):
         LlamaDraft(path, path, n_draft=0)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tokens_are_only_taken_over_where_control_tokens_are_the_same(tiny, tmp_path, monkeypatch, same):
+    """With the same text, but another order of control tokens, the number of one's end is another's beginning."""
+    names = tiny_models.CONTROL if same else tiny_models.CONTROL[::-1]
+    monkeypatch.setattr(tiny_models, "CONTROL", names)
+    path = tiny_models.write_text_model(tmp_path / "draft.gguf")
+    bridged = []
+    proxies = Bridge.proxies
+    monkeypatch.setattr(
+        Bridge, "proxies", lambda *arguments, **options: bridged.append(1) or proxies(*arguments, **options)
+    )
+    drafting = LlamaDraft(path, tiny.text, n_threads=1)
+    llama = Llama(str(tiny.text), **SETTINGS)
+    ids = llama.tokenize(b"<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n", False, True)
+    proposed = drafting(np.array([*ids, *llama.tokenize(b"I", False)], np.intc))
+    drafting.close()
+    assert len(proposed) > 0
+    assert bool(bridged) is not same
