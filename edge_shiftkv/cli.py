@@ -85,7 +85,14 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--draft-rule", metavar="RULE", help="at a temperature: coupled (default) or tokentiming")
     parser.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
-    parser.add_argument("--allow-http", action="store_true", help="fetch pictures from http(s) addresses")
+    parser.add_argument(
+        "--allow-http",
+        nargs="?",
+        const="public",
+        choices=("public", "private"),
+        help="fetch pictures from http(s) addresses: public ones (default), or those of private networks, too",
+    )
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="take pictures' paths from this folder only")
     parser.add_argument("--stats", action="store_true", help="print figures to stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_heatmap(parser)

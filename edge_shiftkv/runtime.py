@@ -21,7 +21,7 @@ from edge_shiftkv.native.llama import KV_TYPES, Context, Model, usable_cpus
 from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.prompts.chat import ChatTemplate
 from edge_shiftkv.prompts.conversation import Conversation
-from edge_shiftkv.prompts.images import ImageSource, load_image
+from edge_shiftkv.prompts.images import AllowHttp, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message, parse_messages
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.results import Completion, Figures, FinishReason
@@ -160,7 +160,10 @@ class Runtime:
     type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
     n_threads: CPU threads; None takes all this process may use.
-    allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses.
+    allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses: True from public ones,
+        "private" also from this machine's and private networks'.
+    image_root: the folder that paths and ``file:`` URLs of pictures have to lead into, and relative ones start from;
+        None, the default, takes any file. To be set where prompts come from others.
     draft: path of the GGUF file of a model that drafts for this one, with any vocabulary (speculative decoding).
     draft_options: how it is used.
 
@@ -180,7 +183,8 @@ class Runtime:
         type_v: str = "f16",
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
-        allow_http: bool = False,
+        allow_http: AllowHttp = False,
+        image_root: str | os.PathLike[str] | None = None,
         draft: str | os.PathLike[str] | None = None,
         draft_options: DraftOptions | None = None,
     ) -> None:
@@ -196,6 +200,7 @@ class Runtime:
         n_threads = n_threads or usable_cpus()
         self._path = Path(model)
         self._allow_http = allow_http
+        self._image_root = None if image_root is None else Path(image_root)
         self._turn = _Turn()
         self._active: weakref.ref[Stream] | None = None
         with ExitStack() as resources:
@@ -287,7 +292,7 @@ class Runtime:
         """`generate`, piece by piece. What is wrong with the request is raised here, not by the stream."""
         if not prompt.strip() and not images:
             raise PromptError("the prompt is empty")
-        pictures = [load_image(image, allow_http=self._allow_http) for image in images]
+        pictures = [load_image(image, allow_http=self._allow_http, image_root=self._image_root) for image in images]
         text = (prompt,) if prompt else ()
         return self._stream(Conversation([Message("user", (*pictures, *text))], raw), options)
 
@@ -311,7 +316,7 @@ class Runtime:
 
         Raises what `generate` raises, and PromptError for messages that are not in the schema.
         """
-        conversation = Conversation(parse_messages(messages, allow_http=self._allow_http))
+        conversation = Conversation(parse_messages(messages, allow_http=self._allow_http, image_root=self._image_root))
         answer = self._stream(conversation, options)
         if stream:
             return openai.chunks(answer, model=str(self._path))

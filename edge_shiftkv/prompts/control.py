@@ -34,7 +34,6 @@ class ControlTokens:
 
         mark: a random string that no one could have typed.
         """
-        text = text.encode(errors="replace").decode()  # as it will be tokenized
         body = text.strip()  # what templates strip is still there to be stripped
         if not body:
             return text
@@ -75,7 +74,7 @@ class ControlTokens:
         """
         if part.special:
             return [self._tokens[part.text][0]]
-        text = part.text.encode(errors="replace").decode()
+        text = part.text
         cuts = [0, *(start + 1 for start, _ in self._found_anywhere.find(text)), len(text)]
         tokens: list[int] = []
         for start, stop in pairwise(cuts):

@@ -157,7 +157,7 @@ def added(request, tmp_path):
         "<e f>",
         "]~b]",
     )
-    template = tiny_models.CHAT_TEMPLATE + "{# ]~b] #}"
+    template = tiny_models.CHAT_TEMPLATE + "{# --turn-- #}"
     path = tiny_models.write_text_model(
         tmp_path / "model.gguf",
         template=template,
@@ -207,6 +207,14 @@ def test_text_is_tokenized_alike_with_pictures_and_without(added):
     ]
 
 
+def test_text_around_a_marker_has_the_tokens_it_had(added):
+    model, _ = added
+    (the,) = (token for token in range(model.n_vocab) if model._token_text(token) == "the")
+    tokens = ControlTokens(model.control_tokens).tokenize(Text("the<|user|>the"), model)
+    assert len(tokens) == has_prefix(model) + len("1<|user|>1")
+    assert tokens.count(the) == 2
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -218,6 +226,7 @@ def test_text_is_tokenized_alike_with_pictures_and_without(added):
         ("<a><b><c>",),
         ("<\ud800think>", "<th\ud800ink>"),
         ("<th\0ink>", "\0<think>\0"),
+        ("<\ud800x>", "<?x>"),
         ("＜think＞", "<ｔhink>", "<thi\u0301nk>"),
     ],
 )
@@ -301,15 +310,13 @@ texts = st.lists(
 def test_marked_text_has_no_names(text, before, after):
     control = ControlTokens({name: (i, 0) for i, name in enumerate(NAMES)})
     marked = control.break_up(text, MARK)
-    plain = text.encode(errors="replace").decode()
-    assert str(marked).replace(MARK, "") == plain
-    if not plain.strip():
+    assert str(marked).replace(MARK, "") == text
+    if not text.strip():
         return
     # A template's own text has no marks, and is not to change what is found in it by what is put behind it.
-    before, after = (part.encode(errors="replace").decode() for part in (before, after))
     around = [part for side in (before, after) for part in control.split(side, MARK) if part.special]
     parts = control.split(f"{before}{marked}{after}", MARK)
-    assert "".join(part.text for part in parts) == f"{before}{plain}{after}".replace(MARK, "")
+    assert "".join(part.text for part in parts) == f"{before}{text}{after}".replace(MARK, "")
     assert len([part for part in parts if part.special]) <= len(around)
 
 
