@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Iterable, Sequence
 
 import jinja2
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from PIL import Image
 
 from edge_shiftkv.errors import PromptError
@@ -21,6 +20,7 @@ from edge_shiftkv.native.llama import Model
 from edge_shiftkv.native.mtmd import Text
 from edge_shiftkv.prompts.control import ControlTokens
 from edge_shiftkv.prompts.messages import Message
+from edge_shiftkv.prompts.template import Template, TemplateLimitError
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages %}
@@ -33,12 +33,13 @@ Part = Text | Image.Image
 
 
 class ChatTemplate:
-    """The chat template of a model's GGUF, or PLAIN_TEMPLATE. Raises PromptError when it is no valid template."""
+    """The chat template of a model's GGUF, or PLAIN_TEMPLATE. Raises PromptError when it is no valid template, or one
+    that takes more than the limits of `template`."""
 
     def __init__(self, model: Model) -> None:
         source = model.chat_template or PLAIN_TEMPLATE
         try:
-            self._formatter = Jinja2ChatFormatter(source, eos_token=model.eos_text, bos_token=model.bos_text)
+            self._template = Template(source, bos=model.bos_text, eos=model.eos_text)
         except jinja2.TemplateError as error:
             raise PromptError(f"the chat template in the GGUF is broken: {error}") from error
         self._control = ControlTokens(model.control_tokens)
@@ -80,18 +81,23 @@ class ChatTemplate:
 
         schema = [{"role": role, "content": content(texts)} for role, texts in messages]
         try:
-            prompt: str = self._formatter(messages=schema).prompt  # type: ignore[arg-type]
+            return self._template.render(schema)
+        except TemplateLimitError as error:
+            raise PromptError(f"the model's chat template is no use: {error}") from error
         except Exception as error:  # templates are programs, and raise errors of their own
-            raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
-        return prompt
+            raise _RefusedError(f"the model's chat template refuses this conversation: {error}"[:1000]) from error
 
     def _takes_strings(self) -> bool:
         """Whether the template prints content that is a string; some only print lists of parts."""
         needle = _random_mark()
         try:
             return needle in self._render([("user", [needle])], _random_mark(), typed=False)
-        except PromptError:
+        except _RefusedError:
             return False
+
+
+class _RefusedError(PromptError):
+    """What a template says of a conversation."""
 
 
 def _texts(message: Message, images: dict[str, Image.Image]) -> list[str]:
