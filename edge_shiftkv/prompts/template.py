@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jinja2
@@ -27,7 +27,7 @@ MAX_STEPS = 4_000_000
 MAX_TEXT = 16 << 20
 """Characters of any text in it."""
 
-MAX_SOURCE = 1 << 18
+MAX_SOURCE = 1 << 17
 """Characters of a template; the longest that llama.cpp knows has 17,000."""
 
 _MAX_DEPTH = 64  # of macros that call each other, and of lists in lists
@@ -60,10 +60,13 @@ _FILTERS = _names(
     "title tojson trim truncate unique upper wordcount"
 )
 _NOT_WIDTHS = _names("d default int float map select reject selectattr rejectattr")
-_ABOUT_CHARACTERS = _names("batch list slice sort unique reverse map groupby")
+_WIDTHS_IN_TEXT = _names("indent tojson")  # these take text to indent with
+_AT_ONCE = _names("attr count d default first last length")  # whatever they are given
+_ABOUT_ITEMS = _names("batch list map reject rejectattr reverse select selectattr slice")  # not what is in them
+_ABOUT_CHARACTERS = _names("batch groupby list map reverse slice sort unique")
 _COMPARISONS = _names("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lt ne")
 # Widths in figures, and those that are arguments; of `%` and of `format`.
-_WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)")
+_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*(\d{4}|\*)")
 _WIDE_BRACES = re.compile(r"\{[^{}]*(\d{4}|\{)")
 
 
@@ -130,7 +133,7 @@ class _Metering(NodeTransformer):
             for operand in node.ops:
                 operand.expr = _weighed(operand.expr)
         elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-            node.node = _weighed(node.node)
+            node.node = _call("measured", node.node)
         elif isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
             return _weighed(node)
         return node
@@ -187,6 +190,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._weigh(value)
         return value
 
+    def measured(self, value: Any) -> Any:
+        """The value, counted by its length."""
+        self._measured(value)
+        return value
+
     def joined(self, values: Sequence[Any]) -> str:
         """What `~` gives."""
         return self.concat([str(self.weighed(value)) for value in values])
@@ -232,6 +240,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(__obj, LoopContext) and args:
             args = (self.rounds(args[0]), *args[1:])
         elif not isinstance(__obj, Macro) and getattr(__obj, "__self__", None) is not self:
+            args = tuple(self._listed(value) for value in args)
             self._weigh([*args, *kwargs.values()])
             self._measure(__obj, args)
         self._meter.depth += 1
@@ -249,9 +258,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def _measure(self, function: Any, arguments: Sequence[Any]) -> None:
-        """Count what a method of a text will do to it."""
+        """Count what a method will do to its text or list."""
         name = getattr(function, "__name__", "")
         text = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        if isinstance(text, list | tuple):
+            self._weigh(text)
         if not isinstance(text, str):
             return
         self._spend(len(text) // (8 if "split" in name else 64))
@@ -270,15 +281,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         def metered(*arguments: Any, **options: Any) -> Any:
             self._spend(_CALL)
             passed, rest = arguments[:n_passed], [*arguments[n_passed:]]
-            if rest and isinstance(rest[0], Iterator):
-                rest[0] = list(self.rounds(rest[0]))
-            weight = self._weigh([*rest, *options.values()])
+            if name in _AT_ONCE:
+                return function(*passed, *rest, **options)
+            rest = [self._listed(value) for value in rest]
+            options = {key: self._listed(value) for key, value in options.items()}
+            weight = self._measured(rest[0]) if rest and name in _ABOUT_ITEMS else self._weigh(rest[:1])
+            others = [*rest[1:], *options.values()]
+            self._weigh(others)
             if rest and isinstance(rest[0], str) and name in _ABOUT_CHARACTERS:
                 self._spend(len(rest[0]))
             if name not in _NOT_WIDTHS:
-                for width in (*rest[1:], *options.values()):
-                    if isinstance(width, int):
-                        self._fits(64 * weight * abs(width))
+                for other in others:
+                    if isinstance(other, int):
+                        self._fits(64 * weight * abs(other))
+                    elif name in _WIDTHS_IN_TEXT:
+                        self._fits(64 * weight * 64 * self._weigh(other))
             if name == "replace" and len(rest) > 2:
                 self._check_replace(str(rest[0]), rest[1], rest[2])
             elif name == "join":
@@ -310,6 +327,16 @@ class _Environment(ImmutableSandboxedEnvironment):
         if self._meter.left < 0:
             raise TemplateLimitError(f"it takes more than {MAX_STEPS // 1_000_000} million steps")
 
+    def _listed(self, value: Any) -> Any:
+        """What an iterator gives, counted; other values as they are."""
+        return list(self.rounds(value)) if isinstance(value, Iterator) else value
+
+    def _measured(self, value: Any) -> int:
+        """Count a value by its length only, and return that."""
+        length = len(value) if isinstance(value, Sized) else 1
+        self._spend(length // 64)
+        return 1 + length
+
     def _weigh(self, value: Any, depth: int = 0) -> int:
         """Count a value as written out; return how much it was."""
         if depth > _MAX_DEPTH:
@@ -317,9 +344,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         before = self._meter.left
         if isinstance(value, str):
             self._fits(len(value))
-            self._spend(1 + len(value) // 64)
-            return 1 + len(value) // 64
-        self._spend(1)
+            self._spend(2 + len(value) // 64)
+            return 2 + len(value) // 64
+        self._spend(4)
         inside: Iterable[Any] = ()
         if isinstance(value, Mapping):
             inside = (part for item in value.items() for part in item)
