@@ -81,7 +81,7 @@ class ChatTemplate:
 
         schema = [{"role": role, "content": content(texts)} for role, texts in messages]
         try:
-            return self._template.render(schema)
+            return self._template.render(schema, mark)
         except TemplateLimitError as error:
             raise PromptError(f"the model's chat template is no use: {error}") from error
         except Exception as error:  # templates are programs, and raise errors of their own

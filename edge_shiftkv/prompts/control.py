@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from edge_shiftkv.errors import PromptError
@@ -39,9 +40,7 @@ class ControlTokens:
             return text
         at = text.index(body)
         broken = self._names.first_letters.sub(rf"\g<0>{mark}", body)
-        return _Typed(
-            f"{text[:at]}{mark}{broken}{text[at + len(body) :]}", text, lambda part: self.break_up(part, mark)
-        )
+        return MarkedText(f"{text[:at]}{mark}{broken}{text[at + len(body) :]}", mark)
 
     def split(self, text: str, mark: str) -> list[Text]:
         """Split at the names that are whole, and remove the marks."""
@@ -120,43 +119,119 @@ def _continued(text: str, model: Model) -> list[int]:
     raise PromptError(f"the text could not be tokenized ({len(text)} characters)")
 
 
-def _on_plain_text(name: str) -> Callable[..., Any]:
+def _of_plain_text(name: str) -> Callable[..., Any]:
     method = getattr(str, name)
 
-    def call(self: _Typed, *arguments: Any, **options: Any) -> Any:
-        return self._like(method(self._plain, *arguments, **options))
+    def call(self: MarkedText, *arguments: Any) -> Any:
+        return method(self._plain, *arguments)
 
+    call.__name__ = name
     return call
 
 
-class _Typed(str):
+def _of_marked_text(name: str) -> Callable[..., MarkedText]:
+    method = getattr(str, name)
+
+    def call(self: MarkedText) -> MarkedText:
+        return MarkedText(method(self), self._mark)
+
+    call.__name__ = name
+    return call
+
+
+class MarkedText(str):
     """Text with marks in it, which is searched and taken apart as if it had none: templates look for names in it.
 
-    What is taken out of it is marked as well.
+    What is taken out of it keeps the marks, and has one at its beginning.
     """
 
-    __slots__ = ("_break_up", "_plain")
+    __slots__ = ("_mark", "_places", "_plain")
 
-    _break_up: Callable[[str], str]
+    _mark: str
     _plain: str
+    _places: list[int]
+    """Where the marks are in the plain text, in order."""
 
-    def __new__(cls, marked: str, plain: str, break_up: Callable[[str], str]) -> _Typed:
-        """Text with its marks, without, and what marks text."""
-        self = super().__new__(cls, marked)
-        self._plain = plain
-        self._break_up = break_up
+    def __new__(cls, text: str, mark: str) -> MarkedText:
+        """The text with its marks."""
+        self = super().__new__(cls, text)
+        pieces = str.split(text, mark)
+        self._mark = mark
+        self._plain = "".join(pieces)
+        self._places = list(accumulate(map(len, pieces[:-1])))
         return self
 
-    def _like(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._break_up(value)
-        if isinstance(value, list | tuple):
-            return type(value)(map(self._like, value))
-        return value
+    def _part(self, start: int, stop: int) -> str:
+        plain = self._plain[start:stop]
+        if not plain.strip():
+            return plain
+        # Also those at its ends: behind the first letter of what may become a name, and before a text.
+        places = self._places[bisect_left(self._places, start) : bisect_right(self._places, stop)]
+        cuts = [start, *dict.fromkeys([start, *places]), stop]
+        return MarkedText(self._mark.join(self._plain[i:j] for i, j in pairwise(cuts)), self._mark)
 
-    for _name in (
-        *("__contains__", "__getitem__", "__len__", "startswith", "endswith", "find", "rfind", "index", "count"),
-        *("split", "rsplit", "splitlines", "partition", "rpartition", "strip", "lstrip", "rstrip"),
-        *("removeprefix", "removesuffix", "replace", "lower", "upper", "title", "capitalize"),
-    ):
-        locals()[_name] = _on_plain_text(_name)
+    def _parts(self, pieces: Iterable[str], between: int) -> list[str]:
+        """What the plain text's pieces are with marks, of which each comes `between` characters after the other."""
+        parts, start = [], 0
+        for piece in pieces:
+            parts.append(self._part(start, start + len(piece)))
+            start += len(piece) + between
+        return parts
+
+    def __getitem__(self, key: Any) -> str:
+        characters = range(len(self._plain))[key]
+        if isinstance(characters, int):
+            return self._part(characters, characters + 1)
+        if characters.step == 1:
+            return self._part(characters.start, max(characters.start, characters.stop))
+        return MarkedText("".join(self._part(i, i + 1) for i in characters), self._mark)
+
+    def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
+        if sep is not None:
+            return self._parts(self._plain.split(sep, maxsplit), len(sep))
+        parts, start = [], 0
+        for piece in self._plain.split(None, maxsplit):
+            start = self._plain.index(piece, start)
+            parts.append(self._part(start, start + len(piece)))
+            start += len(piece)
+        return parts
+
+    def rsplit(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
+        return self.split() if sep is None else self._parts(self._plain.rsplit(sep, maxsplit), len(sep))
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        lines = self._parts(self._plain.splitlines(keepends=True), 0)
+        return lines if keepends else [line.rstrip("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029") for line in lines]
+
+    def partition(self, sep: str) -> tuple[str, str, str]:
+        before, between, after = self._parts(self._plain.partition(sep), 0)
+        return before, between, after
+
+    def rpartition(self, sep: str) -> tuple[str, str, str]:
+        before, between, after = self._parts(self._plain.rpartition(sep), 0)
+        return before, between, after
+
+    def lstrip(self, chars: str | None = None) -> str:
+        return self._part(len(self._plain) - len(self._plain.lstrip(chars)), len(self._plain))
+
+    def rstrip(self, chars: str | None = None) -> str:
+        return self._part(0, len(self._plain.rstrip(chars)))
+
+    def strip(self, chars: str | None = None) -> str:
+        start = len(self._plain) - len(self._plain.lstrip(chars))
+        return self._part(start, max(start, len(self._plain.rstrip(chars))))
+
+    def removeprefix(self, prefix: str) -> str:
+        return self._part(len(prefix), len(self._plain)) if self._plain.startswith(prefix) else self
+
+    def removesuffix(self, suffix: str) -> str:
+        return self._part(0, len(self._plain) - len(suffix)) if suffix and self._plain.endswith(suffix) else self
+
+    def replace(self, old: str, new: str, count: Any = -1) -> str:
+        pieces = self._plain.split(old, count) if old else ["", *self._plain, ""]
+        return MarkedText(str.join(new, self._parts(pieces, len(old))), self._mark)
+
+    for _name in ("__contains__", "__len__", "startswith", "endswith", "find", "rfind", "index", "rindex", "count"):
+        locals()[_name] = _of_plain_text(_name)
+    for _name in ("lower", "upper", "title", "capitalize", "casefold", "swapcase"):
+        locals()[_name] = _of_marked_text(_name)

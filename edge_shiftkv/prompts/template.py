@@ -21,6 +21,8 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from edge_shiftkv.prompts.control import MarkedText
+
 MAX_STEPS = 4_000_000
 """Of one rendering: a round of a loop or 64 characters of text are one, a call is eight. Takes a few seconds."""
 
@@ -101,10 +103,13 @@ class Template:
         except Exception as error:  # Python's own limits on code
             raise TemplateLimitError(f"it cannot be compiled: {type(error).__name__}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt for these messages. Raises whatever the template does, and TemplateLimitError."""
-        self._environment.begin()
-        return self._template.render(
+    def render(self, messages: Sequence[Mapping[str, Any]], mark: str = "") -> str:
+        """The prompt for these messages. Raises whatever the template does, and TemplateLimitError.
+
+        mark: what `ControlTokens.break_up` put into them, for the template to look past.
+        """
+        self._environment.begin(mark)
+        prompt = self._template.render(
             **self._tokens,
             messages=messages,
             raise_exception=_raise_exception,
@@ -116,6 +121,7 @@ class Template:
             tools=None,
             tool_choice=None,
         )
+        return str(prompt)
 
 
 class _Metering(NodeTransformer):
@@ -172,8 +178,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         }
         del self.globals["lipsum"]
 
-    def begin(self) -> None:
+    def begin(self, mark: str = "") -> None:
         """Start counting for the calling thread."""
+        self._meter.mark = mark
         self._meter.left = MAX_STEPS
         self._meter.depth = 0
 
@@ -209,8 +216,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             length += len(piece)
             self._fits(length)
             self._spend(1 + len(piece) // 64)
-            kept.append(piece)
-        return "".join(kept)
+            kept.append(str(piece))
+        return self._marked("".join(kept))  # type: ignore[no-any-return]
 
     def _output(self, value: Any) -> Any:
         return self.weighed(value)
@@ -232,7 +239,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             self._fits(len(left) + len(right))
             self._spend((len(left) + len(right)) // (64 if isinstance(left, str) else 1))
-        return super().call_binop(context, operator, left, right)
+        return self._marked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as Jinja's
         self = __self
@@ -247,7 +254,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         try:
             if self._meter.depth > _MAX_DEPTH:
                 raise TemplateLimitError(f"its macros call each other more than {_MAX_DEPTH} deep")
-            return super().call(__context, __obj, *args, **kwargs)
+            return self._marked(super().call(__context, __obj, *args, **kwargs))
         finally:
             self._meter.depth -= 1
 
@@ -265,7 +272,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             self._weigh(text)
         if not isinstance(text, str):
             return
-        self._spend(len(text) // (8 if "split" in name else 64))
+        self._spend(len(text) // (4 if "split" in name else 64))
         if name == "replace" and len(arguments) > 1:
             self._check_replace(text, arguments[0], arguments[1])
         elif name == "join" and arguments:
@@ -298,12 +305,14 @@ class _Environment(ImmutableSandboxedEnvironment):
                         self._fits(64 * weight * 64 * self._weigh(other))
             if name == "replace" and len(rest) > 2:
                 self._check_replace(str(rest[0]), rest[1], rest[2])
+                if isinstance(rest[0], MarkedText):  # of which the filter would take the bare text
+                    return rest[0].replace(str(rest[1]), str(rest[2]), *(n for n in others[2:] if n is not None))
             elif name == "join":
                 separator = rest[1] if len(rest) > 1 else options.get("d", "")
                 self._fits(weight * len(str(separator)))
             elif name == "format" and rest:
                 self._check_format(_WIDE_PERCENT, str(rest[0]), rest[1:])
-            return function(*passed, *rest, **options)
+            return self._marked(function(*passed, *rest, **options))
 
         return metered
 
@@ -317,6 +326,13 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise TemplateLimitError("a format is too wide")
         fields = pattern.count("%") + pattern.count("{") + 1
         self._fits(len(pattern) + 64 * fields * self._weigh(values))
+
+    def _marked(self, value: Any) -> Any:
+        """A text that has marks as one that is searched without them."""
+        mark = self._meter.mark
+        if not mark or not isinstance(value, str) or isinstance(value, MarkedText) or mark not in value:
+            return value
+        return MarkedText(value, mark)
 
     def _fits(self, length: int) -> None:
         if length > MAX_TEXT:

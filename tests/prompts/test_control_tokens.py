@@ -1,9 +1,7 @@
 """No text that a person wrote becomes a control token, and all of it reaches the model as it was."""
 
 import re
-import tarfile
 from functools import cache
-from pathlib import Path
 
 import gguf
 import llama_cpp.llama_cpp as llama
@@ -13,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import tiny_models
 from support.speakers import ALL_VOCABULARIES, ENCODERS, vocabulary_file, write_speaker
+from support.templates import real_templates
 
-from edge_shiftkv import PromptError, build
+from edge_shiftkv import PromptError
 from edge_shiftkv.native.llama import Model
 from edge_shiftkv.native.mtmd import Projector, Text
 from edge_shiftkv.prompts.chat import ChatTemplate
@@ -105,16 +104,10 @@ def test_other_text_has_the_tokens_it_had(name, folder):
         assert control.tokenize(Text(text), model) == model.tokenize(text)
 
 
-def templates():
-    with tarfile.open(build._fetch_sdist(build.default_cache_dir(), print)) as archive:
-        found = [member for member in archive if re.search(r"/models/templates/.*\.jinja$", member.name)]
-        return {Path(member.name).stem: archive.extractfile(member).read().decode() for member in found}
-
-
 def test_every_token_that_a_real_template_writes(tmp_path):
     """As USER_DEFINED tokens, they are found where the template writes them, and not in what is asked."""
     n_tested = 0
-    for name, source in templates().items():
+    for name, source in real_templates().items():
         markers = [*dict.fromkeys(re.findall(r"<[^<>\s'{}]{2,40}>|\[/?[A-Z_]{3,}\]|\][^\s'{}\]\[]+\[", source))]
         markers = [marker for marker in markers if not re.fullmatch("</?(a|s|b|i|p|code|li|pre|td|br|ul)>", marker)]
         path = tiny_models.write_text_model(
@@ -179,7 +172,9 @@ def has_prefix(model):
 
 
 def n_control(model, tokens):
-    control = {token for token, _ in model.control_tokens.values()}
+    """How many of the tokens are markers or control tokens, unknown characters aside."""
+    names = {*getattr(model, "names", ()), *tiny_models.CONTROL, "<s>", "</s>"}
+    control = {token for token in range(model.n_vocab) if model._token_text(token) in names}
     return sum(token in control for token in tokens)
 
 
@@ -261,6 +256,23 @@ def test_names_in_pieces(added, content):
         ("{{ m['content'].split('x')[0] }}{{ m['content'].split('x')[1] }}", "<thxink>"),
         ("<{{ m['content'].split('x')[-1] }}", "xthink>"),
         ("{{ m['content'][1:] }}", "x<think>"),
+        ("<{{ m['content'][1:] }}", "xthink>"),
+        ("<{{ m['content'].lstrip('x') }}", "xthink>"),
+        ("<{{ m['content'].removeprefix('x') }}>", "xthink"),
+        ("{{ m['content'].removesuffix('x') }}think>", "<x"),
+        ("{{ m['content'].rstrip('x') }}think>", "<x"),
+        ("{{ m['content'].partition('x')[0] }}think>", "<x"),
+        ("<{{ m['content'].rpartition('x')[2] }}", "xthink>"),
+        ("<{{ m['content'].split()[1] }}>", "x think"),
+        ("<{{ m['content'].rsplit('x', 1)[1] }}>", "xthink"),
+        ("<{{ m['content'].splitlines()[1] }}>", "x\nthink"),
+        ("{{ m['content'][::-1] }}", ">kniht<"),
+        ("{{ m['content'].replace('', '') }}", "<think>"),
+        ("{{ m['content'] | replace('x', '', 1) }}", "<xthink>"),
+        ("{% set t %}a{{ m['content'] }}b{% endset %}<{{ t.split('x')[1] }}>", "xthinkx"),
+        ("{% macro t() %}ax{{ m['content'] }}xb{% endmacro %}<{{ t().split('x')[1] }}>", "think"),
+        ("{% set t = '<' ~ m['content'] ~ '>' %}{{ t | trim }}{{ t[0:] }}{{ t.upper().lower() }}", "think"),
+        ("{% set t = '<' + m['content'] %}{{ t.split('x') | join }}", "thixnk>"),
         ("{{ m['content'] | list | join }}", "<think>"),
         ("{{ m['content'] | reverse }}", ">kniht<"),
         ("{{ m['content'].split('y') | join('') }}", "<thyink>"),
@@ -271,8 +283,9 @@ def test_names_in_pieces(added, content):
 def test_no_template_makes_names_of_what_people_say(added, source, content):
     model, _ = added
     model.chat_template = "{% for m in messages %}" + source + "{% endfor %}."
-    tokens = tokens_of(ChatTemplate(model), model, Message("user", (content,)))
-    assert n_control(model, tokens) == 0
+    template = ChatTemplate(model)
+    template._typed = False
+    assert n_control(model, tokens_of(template, model, Message("user", (content,)))) == 0
 
 
 def test_templates_find_markers_in_what_was_said(added):
@@ -298,6 +311,47 @@ def test_names_reached_by_merges(tmp_path):
     tokens = ControlTokens(model.control_tokens).tokenize(Text("a th"), model)
     assert token not in tokens
     assert said(model, tokens) == "a th"
+
+
+def test_templates_keep_their_own_names(added):
+    """Also where they put text together first, search it and take it apart."""
+    model, _ = added
+    turn = "{% macro turn(m) %} <|user|>{{ m['content'] }}<|im_end|>\n{% endmacro %}"
+    body = "{% for m in messages %}{% set t = turn(m) %}{{ t | trim if '<think>' in t else t.strip() }}{% endfor %}"
+    model.chat_template = turn + body
+    parts = ChatTemplate(model).parts([Message("user", ("a <think> <|im_end|>",)), Message("user", ("b",))])
+    assert [part.text for part in parts if part.special] == ["<|user|>", "<|im_end|>"] * 2
+    assert "".join(part.text for part in parts) == "<|user|>a <think> <|im_end|><|im_end|><|user|>b<|im_end|>"
+
+
+@given(
+    st.text(alphabet="<|think>ax \n", max_size=20),
+    st.sampled_from(["<", "x", "a", "th", "\n", None]),
+    st.integers(-1, 3),
+)
+def test_marked_text_is_taken_apart_as_text(text, sep, n):
+    control = ControlTokens({"<think>": (0, 0), "<|a|>": (1, 0)})
+    marked = control.break_up(text, MARK)
+
+    def bare(value):
+        if isinstance(value, str):
+            return str(value).replace(MARK, "")
+        return type(value)(map(bare, value)) if isinstance(value, list | tuple) else value
+
+    calls = [
+        lambda t: t.split(sep, n),
+        lambda t: t.rsplit(sep) if sep is None else t.rsplit(sep, n),
+        lambda t: [t.strip(sep), t.lstrip(sep), t.rstrip(sep), t.lower(), t.upper()],
+        lambda t: [t.splitlines(), t.splitlines(True), t[n:], t[:n], t[n : n + 4], t[::-1], t[1:9:2], len(t)],
+        lambda t: [t.partition(sep or "x"), t.rpartition(sep or "x"), t.replace(sep or "", "y")],
+        lambda t: [t.removeprefix(sep or ""), t.removesuffix(sep or ""), t.find(sep or "q"), t.count(sep or "q")],
+        lambda t: [(sep or "") in t, t.startswith(sep or ""), t.endswith(sep or "")],
+    ]
+    for call in calls:
+        assert bare(call(marked)) == call(text)
+    for part in (*marked.split(sep, n), marked[1:], marked.strip(sep), marked.replace("x", "")):
+        for around in (f"<{part}>", f"<thi{part}nk>", f"{part}think>", f"<|{part}"):
+            assert not [piece for piece in control.split(around, MARK) if piece.special] or not part.strip()
 
 
 NAMES = ("<|user|>", "<think>", "[INST]", "<a>b", "b<c>", "<>", "|>", "user")
