@@ -178,6 +178,15 @@ class MarkedText(str):
             start += len(piece) + between
         return parts
 
+    def __eq__(self, other: object) -> bool:
+        return self._plain == (other._plain if isinstance(other, MarkedText) else other)
+
+    def __ne__(self, other: object) -> bool:  # which str has of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._plain)
+
     def __getitem__(self, key: Any) -> str:
         characters = range(len(self._plain))[key]
         if isinstance(characters, int):

@@ -345,7 +345,17 @@ def test_marked_text_is_taken_apart_as_text(text, sep, n):
         lambda t: [t.splitlines(), t.splitlines(True), t[n:], t[:n], t[n : n + 4], t[::-1], t[1:9:2], len(t)],
         lambda t: [t.partition(sep or "x"), t.rpartition(sep or "x"), t.replace(sep or "", "y")],
         lambda t: [t.removeprefix(sep or ""), t.removesuffix(sep or ""), t.find(sep or "q"), t.count(sep or "q")],
-        lambda t: [(sep or "") in t, t.startswith(sep or ""), t.endswith(sep or "")],
+        lambda t: [
+            t == text,
+            text == t,
+            t != text,
+            t == t[:],
+            t == "x",
+            hash(t),
+            (sep or "") in t,
+            t.startswith(sep or ""),
+            t.endswith(sep or ""),
+        ],
     ]
     for call in calls:
         assert bare(call(marked)) == call(text)
