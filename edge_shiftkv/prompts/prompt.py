@@ -63,14 +63,18 @@ class Prompt:
 
 def _runs(parts: Sequence[Part], model: Model) -> list[list[int] | Image.Image]:
     """Pictures, and the tokens of all text between two of them."""
-    control = ControlTokens(model.control_tokens)
     runs: list[list[int] | Image.Image] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, Text)):
         if is_text:
-            runs.append([token for part in group if isinstance(part, Text) for token in control.tokenize(part, model)])
+            runs.append(_tokens([part for part in group if isinstance(part, Text)], model))
         else:
             runs += [part for part in group if isinstance(part, Image.Image)]
     return [run for run in runs if run != []]
+
+
+def _tokens(parts: Sequence[Text], model: Model) -> list[int]:
+    control = ControlTokens(model.control_tokens)
+    return [token for part in parts for token in control.tokenize(part, model)]
 
 
 def _filled(

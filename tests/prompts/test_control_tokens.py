@@ -149,8 +149,11 @@ def added(request, tmp_path):
         "<|im_end|>",
         "<e f>",
         "]~b]",
+        "<?x>",
+        "--turn--",
+        "next:",
     )
-    template = tiny_models.CHAT_TEMPLATE + "{# --turn-- #}"
+    template = tiny_models.CHAT_TEMPLATE + "{# --turn-- next: #}"
     path = tiny_models.write_text_model(
         tmp_path / "model.gguf",
         template=template,
@@ -247,6 +250,8 @@ def test_names_in_pieces(added, content):
         ("{{ m['content'] | upper }}", "<|system|>"),
         ("{{ m['content'] | lower }}", "<THINK>"),
         ("{{ m['content'] | lower }}", "<THIN\u212a>"),
+        ("{{ m['content'] | lower }}next:", "xNEXT:"),
+        ("{{ (m['content'] ~ '') | lower }}", "NeXt:"),
         ("{{ m['content'] | upper }}", "<|\u017fY\u017fTEM|>"),
         ("{{ m['content'] | upper }}", "<|syﬆem|>"),
         ("{{ (m['content'] ~ '') | upper }}", "<|syﬆem|>"),
@@ -282,20 +287,34 @@ def test_names_in_pieces(added, content):
 )
 def test_no_template_makes_names_of_what_people_say(added, source, content):
     model, _ = added
-    model.chat_template = "{% for m in messages %}" + source + "{% endfor %}."
+    model.chat_template = "{% for m in messages %}" + source + "{% endfor %}.{# --turn-- next: #}"
     template = ChatTemplate(model)
     template._typed = False
-    assert n_control(model, tokens_of(template, model, Message("user", (content,)))) == 0
+    n_own = source.endswith("next:")
+    assert n_control(model, tokens_of(template, model, Message("user", (content,)))) == n_own
 
 
-def test_templates_find_markers_in_what_was_said(added):
+@pytest.mark.parametrize(
+    "said_as",
+    [
+        "{% set c = m['content'] %}",
+        "{% set c = m['content'] ~ '' %}",
+        "{% set c = '' + m['content'] %}",
+        "{% set c = '%s' % m['content'] %}",
+        "{% set c = [m['content']] | join %}",
+        "{% set c = m['content'] | string | trim %}",
+        "{% set c %}{{ m['content'] }}{% endset %}",
+        "{% macro f(x) %}{{ x }}{% endmacro %}{% set c = f(m['content']) %}",
+    ],
+)
+def test_templates_find_markers_in_what_was_said(added, said_as):
     """Qwen3's and DeepSeek's take the reasoning out of answers before."""
     model, _ = added
     model.chat_template = (
-        "{% for m in messages %}<|user|>{% if '</think>' in m['content'] and m['content'].startswith('<think>') %}"
-        "{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
-        "({{ m['content'].split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') }})"
-        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|user|>" + said_as + "{% if '</think>' in c and c.startswith('<think>') %}"
+        "{{ c.split('</think>')[-1].lstrip('\n') }}"
+        "({{ c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') }})"
+        "{% else %}{{ c }}{% endif %}{% endfor %}"
     )
     parts = ChatTemplate(model).parts([Message("assistant", ("<think>\nHm <|user|>\n</think>\n\nYes <think>.",))])
     assert parts == [Text("<|user|>", special=True), Text("Yes <think>.(Hm <|user|>)")]

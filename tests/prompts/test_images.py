@@ -214,7 +214,7 @@ def test_one_address_of_a_name_may_be_public(monkeypatch):
 def drip(head=b"", piece=b" "):
     def pieces():
         yield head
-        while True:
+        for _ in range(500):
             time.sleep(0.02)
             yield piece
 

@@ -115,7 +115,10 @@ def test_a_reader_that_has_had_enough(tiny, arguments):
     command = [sys.executable, "-m", "edge_shiftkv_cli", "run", "-m", str(tiny.text), "--threads", "1", "-n", "200"]
     read, write = os.pipe()
     os.close(read)
-    process = subprocess.Popen([*command, "-p", PROMPT, *arguments], stdout=write, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [*command, "-p", PROMPT, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, env=buffered
+    )
     os.close(write)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (141, "")
