@@ -7,10 +7,13 @@ to work where the patched library is not there yet.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+_SIGPIPE_STATUS = 141  # what a shell says of other tools that end so: 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,8 +24,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_run(commands)
     _add_demo(commands)
     arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has had enough of it, as `head` does
+        _discard_output()
+        return _SIGPIPE_STATUS
     return status
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere, or Python would try again at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,7 +98,14 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--draft-rule", metavar="RULE", help="at a temperature: coupled (default) or tokentiming")
     parser.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
-    parser.add_argument("--allow-http", action="store_true", help="fetch pictures from http(s) addresses")
+    parser.add_argument(
+        "--allow-http",
+        nargs="?",
+        const="public",
+        choices=("public", "private"),
+        help="fetch pictures from http(s) addresses: public ones (default), or those of private networks, too",
+    )
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="take pictures' paths from this folder only")
     parser.add_argument("--stats", action="store_true", help="print figures to stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_heatmap(parser)
@@ -152,6 +175,8 @@ def _build(arguments: argparse.Namespace) -> int:
             print(f"wheel: {shutil.copy2(wheel, arguments.wheel_dir)}")
         if not arguments.no_install:
             build.install_wheel(wheel)
+    except BrokenPipeError:
+        raise
     except (build.BuildError, OSError) as error:
         print(f"edge-shiftkv build: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from PIL import Image
 import edge_shiftkv.native  # noqa: F401 - first: it says what to do where the library is not the patched one
 from edge_shiftkv._paths import models_dir
 from edge_shiftkv.errors import ShiftKVError
-from edge_shiftkv.prompts.images import load_image
+from edge_shiftkv.prompts.images import AllowHttp, load_image
 from edge_shiftkv.request import Options
 from edge_shiftkv.results import Completion, DraftFigures, Figures
 from edge_shiftkv.runtime import Runtime
@@ -27,7 +27,8 @@ _LABEL_WIDTH = 16
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer one prompt: the answer on stdout as it comes, or as JSON at its end; figures on stderr."""
-    images = [load_image(image, allow_http=arguments.allow_http) for image in arguments.image]
+    allow_http: AllowHttp = "private" if arguments.allow_http == "private" else bool(arguments.allow_http)
+    images = [load_image(image, allow_http=allow_http, image_root=arguments.image_root) for image in arguments.image]
     options = Options(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,

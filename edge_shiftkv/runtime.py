@@ -20,7 +20,7 @@ from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
 from edge_shiftkv.errors import PromptError, SettingError
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
-from edge_shiftkv.prompts.images import ImageSource, load_image
+from edge_shiftkv.prompts.images import AllowHttp, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message, parse_messages
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
@@ -55,7 +55,10 @@ class Runtime:
     type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
     n_threads: CPU threads; None takes all this process may use.
-    allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses.
+    allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses: True from public ones,
+        "private" also from this machine's and private networks'.
+    image_root: the folder that paths and ``file:`` URLs of pictures have to lead into, and relative ones start from;
+        None, the default, takes any file. To be set where prompts come from others.
     draft: path of the GGUF file of a model that drafts for this one, with any vocabulary (speculative decoding).
     draft_options: how it is used.
     progress: is told what goes on ("model", "mmproj" and "draft" while they are loaded, "prompt" while one is read),
@@ -77,7 +80,8 @@ class Runtime:
         type_v: str = "f16",
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
-        allow_http: bool = False,
+        allow_http: AllowHttp = False,
+        image_root: str | os.PathLike[str] | None = None,
         draft: str | os.PathLike[str] | None = None,
         draft_options: DraftOptions | None = None,
         progress: Progress | None = None,
@@ -88,6 +92,7 @@ class Runtime:
             raise SettingError(f"n_ctx is {n_ctx}: it has to be >= 1, or None for the model's own")
         self._path = Path(model)
         self._allow_http = allow_http
+        self._image_root = None if image_root is None else Path(image_root)
         with ExitStack() as resources:
             engine = self.engine = resources.enter_context(
                 Engine(
@@ -196,7 +201,7 @@ class Runtime:
         """`generate`, piece by piece. What is wrong with the request is raised here, not by the stream."""
         if not prompt.strip() and not images:
             raise PromptError("the prompt is empty")
-        pictures = [load_image(image, allow_http=self._allow_http) for image in images]
+        pictures = self._load(images)
         text = (prompt,) if prompt else ()
         return self._stream(Conversation([Message("user", (*pictures, *text))], raw), options)
 
@@ -226,7 +231,7 @@ class Runtime:
         """
         if not text and not images:
             raise PromptError("a session needs a picture or text to ask about")
-        pictures = [load_image(image, allow_http=self._allow_http) for image in images]
+        pictures = self._load(images)
         content: tuple[str | Image.Image, ...] = (*pictures, text) if text else tuple(pictures)
         about = [*([Message("system", (system,))] if system else []), Message("user", content)]
         session = self._new_session(about, kv_budget, kv_method)
@@ -282,13 +287,16 @@ class Runtime:
 
         Raises what `generate` raises, and PromptError for messages that are not in the schema.
         """
-        conversation = Conversation(parse_messages(messages, allow_http=self._allow_http))
+        conversation = Conversation(parse_messages(messages, allow_http=self._allow_http, image_root=self._image_root))
         answer = self._stream(conversation, options)
         if stream:
             return openai.chunks(answer, model=str(self._path))
         for _ in answer:
             pass
         return openai.completion(answer.completion, model=str(self._path))
+
+    def _load(self, images: Sequence[ImageSource]) -> list[Image.Image]:
+        return [load_image(image, allow_http=self._allow_http, image_root=self._image_root) for image in images]
 
     def _stream(self, conversation: Conversation, options: Options) -> Stream:
         settings: dict[str, Any] = {"kv_budget": self.kv_budget, "kv_method": self.kv_method, **options}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,15 @@ from edge_shiftkv.native.calls import Handle, Interrupt, Loading, native_call
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20}
 """The types a KV cache can be stored in: llama.cpp's names and enum ggml_type."""
 
-_ATTR_UNKNOWN, _ATTR_CONTROL = 1 << 0, 1 << 3  # enum llama_token_attr
-ATTR_LSTRIP, ATTR_RSTRIP = 1 << 7, 1 << 8
+# enum llama_token_attr
+ATTR_UNKNOWN, _ATTR_CONTROL, ATTR_USER_DEFINED, ATTR_LSTRIP, ATTR_RSTRIP = 1 << 0, 1 << 3, 1 << 4, 1 << 7, 1 << 8
+
+# Of the tokens that models' makers added, these are text: HTML's, and what is no name with brackets around it.
+_HTML = re.compile(
+    "</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|pre|p|br|hr|a|ul|ol|li"
+    "|div|span)>"
+)
+_MARKER = re.compile(r"[<>\[\]{}].*[\w|].*[<>\[\]{}]", re.DOTALL)
 
 
 class Model(Handle):
@@ -119,9 +127,26 @@ class Model(Handle):
         result = {}
         for token in range(self.n_vocab):
             attributes = llama.llama_vocab_get_attr(self._vocab, token)
-            if attributes & (_ATTR_CONTROL | _ATTR_UNKNOWN) or token == self.bos:
+            if (
+                attributes & (_ATTR_CONTROL | ATTR_UNKNOWN)
+                or token in (self.bos, self.eos, self.eot)
+                or (attributes & ATTR_USER_DEFINED and self._marks_a_place(self._token_text(token)))
+            ):
                 result[self._token_text(token)] = token, attributes
         return result
+
+    def _marks_a_place(self, name: str) -> bool:
+        """Whether a token that the model's makers added stands for more than its text, as `<think>` does.
+
+        It does when the chat template writes it, or when it looks so. Runs of white space, letters that a vocabulary
+        lacked, words and HTML are text.
+        """
+        name = name.strip(" \t\r\n\v\f▁")
+        if len(name) < 2 or name.isalnum():
+            return False
+        if name in (self.chat_template or ""):
+            return True
+        return bool(_MARKER.fullmatch(name)) and not _HTML.fullmatch(name)
 
     @cached_property
     def suppressed_tokens(self) -> list[int]:

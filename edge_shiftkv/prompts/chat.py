@@ -1,25 +1,26 @@
 """A model's chat template: from a conversation to the parts of a prompt.
 
 A template is a program that turns messages into one string, in which the template's own control tokens and those a user
-typed look the same. To tell them apart, what users wrote is marked before the template runs: a random string is put
-inside every control token's name in it, and after its end, so that no name is whole unless the template wrote it.
-Pictures go through the template as random strings, too.
+typed look the same. To tell them apart, what users wrote is marked before the template runs: a random string is put at
+its beginning and behind every character that a control token's name begins with, so that no name is whole unless the
+template wrote it. Pictures go through the template as random strings, too.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import jinja2
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from PIL import Image
 
 from edge_shiftkv.errors import PromptError
-from edge_shiftkv.native.llama import ATTR_LSTRIP, ATTR_RSTRIP, Model
+from edge_shiftkv.native.llama import Model
 from edge_shiftkv.native.mtmd import Text
+from edge_shiftkv.prompts.control import ControlTokens
 from edge_shiftkv.prompts.messages import Message
+from edge_shiftkv.prompts.template import Template, TemplateLimitError
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages %}
@@ -29,50 +30,16 @@ PLAIN_TEMPLATE = """\
 """What a model without a template in its GGUF gets: Vicuna's roles, which LLaVA-1.5 was trained with."""
 
 Part = Text | Image.Image
-_SPACE = " \t\n\v\f\r"  # isspace(), which llama.cpp strips around some tokens
-
-
-class ControlTokens:
-    """The names of a model's control tokens: found where a template wrote them, broken up where a user did."""
-
-    def __init__(self, tokens: Mapping[str, tuple[int, int]]) -> None:
-        names = sorted((name for name in tokens if len(name) > 1), key=len, reverse=True)
-        either = "|".join(map(re.escape, names)) or r"(?!)"
-        self._whole = re.compile(f"({either})")
-        # Any case: templates may change it. The lookahead also finds names that overlap.
-        self._first_letter = re.compile(f"(?=(?:{either}))(.)", re.DOTALL | re.IGNORECASE)
-        self._tokens = tokens
-
-    def break_up(self, text: str, mark: str) -> str:
-        """Put `mark` inside every name in `text`, and where text that follows could complete one."""
-        body = text.rstrip()
-        broken = self._first_letter.sub(rf"\g<1>{mark}", body)
-        return f"{broken}{mark}{text[len(body) :]}" if body else text
-
-    def split(self, text: str, mark: str) -> list[Text]:
-        """Split at the names that are whole, and remove the marks."""
-        parts: list[Text] = []
-        strip_next = False
-        for i, piece in enumerate(self._whole.split(text)):
-            if i % 2:  # re.split puts what it split at at odd places
-                _, attributes = self._tokens[piece]
-                if attributes & ATTR_LSTRIP and parts and not parts[-1].special:
-                    parts[-1] = Text(parts[-1].text.rstrip(_SPACE))
-                parts.append(Text(piece, special=True))
-                strip_next = bool(attributes & ATTR_RSTRIP)
-            else:
-                plain = piece.replace(mark, "")
-                parts.append(Text(plain.lstrip(_SPACE) if strip_next else plain))
-        return [part for part in parts if part.text]
 
 
 class ChatTemplate:
-    """The chat template of a model's GGUF, or PLAIN_TEMPLATE. Raises PromptError when it is no valid template."""
+    """The chat template of a model's GGUF, or PLAIN_TEMPLATE. Raises PromptError when it is no valid template, or one
+    that takes more than the limits of `template`."""
 
     def __init__(self, model: Model) -> None:
         source = model.chat_template or PLAIN_TEMPLATE
         try:
-            self._formatter = Jinja2ChatFormatter(source, eos_token=model.eos_text, bos_token=model.bos_text)
+            self._template = Template(source, bos=model.bos_text, eos=model.eos_text)
         except jinja2.TemplateError as error:
             raise PromptError(f"the chat template in the GGUF is broken: {error}") from error
         self._control = ControlTokens(model.control_tokens)
@@ -86,7 +53,7 @@ class ChatTemplate:
         """
         mark = _random_mark()
         images: dict[str, Image.Image] = {}
-        rendered = self._render([(message.role, self._texts(message, mark, images)) for message in messages])
+        rendered = self._render([(message.role, _texts(message, images)) for message in messages], mark)
         at_images = re.compile(f"({'|'.join(images)})" if images else r"((?!))")
         pieces = at_images.split(rendered)
         if pieces[1::2] != list(images):
@@ -104,41 +71,47 @@ class ChatTemplate:
         # Many templates write the beginning-of-sequence token themselves.
         return parts if self._bos is None or parts[:1] == [self._bos] else [self._bos, *parts]
 
-    def _texts(self, message: Message, mark: str, images: dict[str, Image.Image]) -> list[str]:
-        texts: list[str] = []
-        after_text = False
-        for part in message.content:
-            if isinstance(part, str):
-                text = self._control.break_up(part, mark)
-                texts.append(f"\n{text}" if after_text else text)  # as llama.cpp's server joins them
-            else:
-                texts.append(_random_mark())
-                images[texts[-1]] = part
-            after_text = isinstance(part, str)
-        return texts
-
-    def _render(self, messages: Sequence[tuple[str, list[str]]], *, typed: bool | None = None) -> str:
+    def _render(self, messages: Sequence[tuple[str, list[str]]], mark: str, *, typed: bool | None = None) -> str:
         as_parts = self._typed if typed is None else typed
-        schema = [
-            {
-                "role": role,
-                "content": [{"type": "text", "text": text} for text in texts] if as_parts else "".join(texts),
-            }
-            for role, texts in messages
-        ]
+
+        def content(texts: list[str]) -> str | list[dict[str, str]]:
+            if as_parts:
+                return [{"type": "text", "text": self._control.break_up(text, mark)} for text in texts]
+            return self._control.break_up("".join(texts), mark)
+
+        schema = [{"role": role, "content": content(texts)} for role, texts in messages]
         try:
-            prompt: str = self._formatter(messages=schema).prompt  # type: ignore[arg-type]
+            return self._template.render(schema, mark)
+        except TemplateLimitError as error:
+            raise PromptError(f"the model's chat template is no use: {error}") from error
         except Exception as error:  # templates are programs, and raise errors of their own
-            raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
-        return prompt
+            raise _RefusedError(f"the model's chat template refuses this conversation: {error}"[:1000]) from error
 
     def _takes_strings(self) -> bool:
         """Whether the template prints content that is a string; some only print lists of parts."""
         needle = _random_mark()
         try:
-            return needle in self._render([("user", [needle])], typed=False)
-        except PromptError:
+            return needle in self._render([("user", [needle])], _random_mark(), typed=False)
+        except _RefusedError:
             return False
+
+
+class _RefusedError(PromptError):
+    """What a template says of a conversation."""
+
+
+def _texts(message: Message, images: dict[str, Image.Image]) -> list[str]:
+    """The texts of a message, with a random string for each picture, which is put into `images` under it."""
+    texts: list[str] = []
+    after_text = False
+    for part in message.content:
+        if isinstance(part, str):
+            texts.append(f"\n{part}" if after_text else part)  # as llama.cpp's server joins them
+        else:
+            texts.append(_random_mark())
+            images[texts[-1]] = part
+        after_text = isinstance(part, str)
+    return texts
 
 
 def _random_mark() -> str:

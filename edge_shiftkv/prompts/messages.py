@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from edge_shiftkv.errors import PromptError
-from edge_shiftkv.prompts.images import load_image
+from edge_shiftkv.prompts.images import AllowHttp, ImageSource, load_image
 
 _ROLES = ("system", "user", "assistant")
 
@@ -23,17 +25,25 @@ class Message:
     content: tuple[str | Image.Image, ...]
 
 
-def parse_messages(messages: Sequence[Mapping[str, Any]], *, allow_http: bool) -> list[Message]:
+_Load = Callable[[ImageSource], Image.Image]
+
+
+def parse_messages(
+    messages: Sequence[Mapping[str, Any]], *, allow_http: AllowHttp = False, image_root: Path | None = None
+) -> list[Message]:
     """Read messages in the OpenAI schema; pictures may also be paths and PIL images.
+
+    allow_http, image_root: as in `load_image`.
 
     Raises PromptError for what is not in the schema, ImageError for a picture that cannot be read.
     """
     if not messages:
         raise PromptError("messages is empty: a conversation needs at least one")
-    return [_message(message, allow_http) for message in messages]
+    load = partial(load_image, allow_http=allow_http, image_root=image_root)
+    return [_message(message, load) for message in messages]
 
 
-def _message(message: Mapping[str, Any], allow_http: bool) -> Message:
+def _message(message: Mapping[str, Any], load: _Load) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         raise PromptError(f"role {role!r} is not supported: use one of {', '.join(_ROLES)}")
@@ -41,10 +51,10 @@ def _message(message: Mapping[str, Any], allow_http: bool) -> Message:
         return Message(role, (content,))
     if not isinstance(content, Sequence):
         raise PromptError(f"the content of a message has to be a string or a list of parts, not {content!r}")
-    return Message(role, tuple(_part(part, allow_http) for part in content))
+    return Message(role, tuple(_part(part, load) for part in content))
 
 
-def _part(part: Any, allow_http: bool) -> str | Image.Image:
+def _part(part: Any, load: _Load) -> str | Image.Image:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         text: str = part["text"]
@@ -54,5 +64,5 @@ def _part(part: Any, allow_http: bool) -> str | Image.Image:
         if isinstance(source, Mapping):
             source = source.get("url")
         if isinstance(source, str | os.PathLike | Image.Image):
-            return load_image(source, allow_http=allow_http)
+            return load(source)
     raise PromptError(f"not a text or image_url part: {part!r}"[:200])

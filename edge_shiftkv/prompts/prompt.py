@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from PIL import Image
 
@@ -12,7 +13,10 @@ from edge_shiftkv.errors import PromptError
 from edge_shiftkv.native.llama import Model
 from edge_shiftkv.native.mtmd import Chunks, ImageChunk, Projector, Text, TextChunk
 from edge_shiftkv.prompts.chat import Part
+from edge_shiftkv.prompts.control import ControlTokens
 from edge_shiftkv.selection.results import ImageSpan, guess_grid
+
+_STAND_IN = Text("\ue000")  # a character that no marker of pictures has
 
 Item = int | str
 """A token of text, or what identifies consecutive visual tokens."""
@@ -34,16 +38,21 @@ class Prompt:
 
     def __init__(self, parts: Sequence[Part], model: Model, projector: Projector | None) -> None:
         """Tokenize `parts`. Raises PromptError when they cannot be, or have no text at their end."""
-        images = [part for part in parts if isinstance(part, Image.Image)]
+        runs = _runs(parts, model)
+        images = [run for run in runs if isinstance(run, Image.Image)]
         self._native: Chunks | None = None
         self.chunks: list[TextChunk | ImageChunk]
         if not images:
-            self.chunks = [TextChunk(_tokens([part for part in parts if isinstance(part, Text)], model))]
+            self.chunks = [TextChunk(run) for run in runs if not isinstance(run, Image.Image)]
         elif projector is None:
             raise PromptError("the prompt has pictures, but the model was loaded without an mmproj")
         else:
-            self._native = projector.tokenize(parts)
-            self.chunks = self._native.items
+            self._native = projector.tokenize([run if isinstance(run, Image.Image) else _STAND_IN for run in runs])
+            try:
+                self.chunks = _filled(self._native.items, [run for run in runs if isinstance(run, list)], model)
+            except PromptError:
+                self.close()
+                raise
         self.image_spans: list[ImageSpan] = []
         self.items: list[Item] = []
         self.n_tokens = 0
@@ -68,6 +77,17 @@ class Prompt:
         """Free the preprocessed pictures."""
         if self._native:
             self._native.close()
+
+
+def _runs(parts: Sequence[Part], model: Model) -> list[list[int] | Image.Image]:
+    """Pictures, and the tokens of all text between two of them."""
+    runs: list[list[int] | Image.Image] = []
+    for is_text, group in groupby(parts, key=lambda part: isinstance(part, Text)):
+        if is_text:
+            runs.append(_tokens([part for part in group if isinstance(part, Text)], model))
+        else:
+            runs += [part for part in group if isinstance(part, Image.Image)]
+    return [run for run in runs if run != []]
 
 
 @dataclass(frozen=True)
@@ -125,11 +145,29 @@ def tokens_after_pictures(parts: Sequence[Part], model: Model) -> list[int]:
 
 
 def _tokens(parts: Sequence[Text], model: Model) -> list[int]:
-    return [
-        token
-        for part in parts
-        for token in ([model.control_tokens[part.text][0]] if part.special else model.tokenize(part.text))
-    ]
+    control = ControlTokens(model.control_tokens)
+    return [token for part in parts for token in control.tokenize(part, model)]
+
+
+def _filled(
+    chunks: Sequence[TextChunk | ImageChunk], runs: Sequence[list[int]], model: Model
+) -> list[TextChunk | ImageChunk]:
+    """The chunks with each run of tokens in its place, where the stand-in was between the markers of pictures."""
+    stand_in = model.tokenize(_STAND_IN.text)
+    n = len(stand_in)
+    left = list(runs)
+    filled: list[TextChunk | ImageChunk] = []
+    for chunk in chunks:
+        if isinstance(chunk, TextChunk):
+            tokens = chunk.tokens
+            places = [i for i in range(len(tokens) - n + 1) if tokens[i : i + n] == stand_in] if n else []
+            if left and places:
+                at = places[0]
+                chunk = TextChunk([*tokens[:at], *left.pop(0), *tokens[at + n :]])
+        filled.append(chunk)
+    if left:
+        raise PromptError("the prompt could not be tokenized: the vocabulary lacks a character to stand for text")
+    return filled
 
 
 def _n_tokens(chunk: TextChunk | ImageChunk) -> int:

@@ -161,9 +161,10 @@ class Draft:
         held = [] if self.model.bos is None else [self.model.bos]
         text = b""
         for token in tokens:
-            text += self._target.piece(token)
             known = self.model.control_tokens.get(names.get(token, ""))
-            if known:
+            if not known:
+                text += self._target.piece(token)
+            else:
                 held += self._to_draft.continue_(held[-_TAIL:], text)
                 text = b""
                 if held[-1:] != [known[0]]:  # as that of the beginning may be

@@ -81,6 +81,36 @@ def test_a_chat_template_that_is_no_template(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{% macro a() %}{{ a() }}{{ a() }}{% endmacro %}{{ a() }}",
+        "{{ " + "(" * 9999 + ")" * 9999 + " }}",
+    ],
+    ids=["loops", "times", "macros", "brackets"],
+)
+def test_a_chat_template_that_would_not_end(tmp_path, source):
+    path = tiny_models.write_text_model(tmp_path / "model.gguf", template=source)
+    with pytest.raises(PromptError, match="chat template"):
+        Runtime(path)
+
+
+def test_a_chat_template_that_would_not_end_for_some_conversations(tmp_path):
+    source = (
+        "{% set n = namespace(a='x') %}{% for m in messages %}{{ m['content'] }}"
+        "{% if m['content'] == 'two' %}{% for i in range(99) %}{% set n.a = n.a ~ n.a %}{% endfor %}{% endif %}"
+        "{% endfor %}"
+    )
+    with Runtime(tiny_models.write_text_model(tmp_path / "model.gguf", template=source), n_threads=1) as runtime:
+        messages = [{"role": "user", "content": PROMPT}]
+        assert runtime.create_chat_completion(messages, max_tokens=1)["choices"]
+        with pytest.raises(PromptError, match="no use: a text is longer than 16 million characters"):
+            runtime.create_chat_completion([*messages, {"role": "user", "content": "two"}], max_tokens=1)
+        assert runtime.create_chat_completion(messages, max_tokens=1)["choices"]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0"),
@@ -150,6 +180,33 @@ def test_a_picture_that_is_none(runtime, tiny):
     with pytest.raises(ImageError, match=r"text\.gguf: not a picture"):
         runtime.stream(PROMPT, [tiny.picture, tiny.text])
     assert runtime.generate(PROMPT, max_tokens=1).text
+
+
+def test_pictures_out_of_their_folder(tiny, tmp_path):
+    inside = {"image_root": tiny.picture.parent}
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": tiny.picture.name}}]}
+    message["content"].append({"type": "text", "text": PROMPT})
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, **inside) as runtime:
+        assert runtime.create_chat_completion([message], max_tokens=1)["choices"]
+        assert runtime.generate(PROMPT, [tiny.picture], max_tokens=1).text
+        told = []
+        for url in ("/etc/hostname", "/etc/none", "file:///etc/hostname", "../none", "none.png"):
+            message["content"][0]["image_url"]["url"] = url
+            with pytest.raises(ImageError) as error:
+                runtime.create_chat_completion([message])
+            told.append(str(error.value).removeprefix(url))
+            with pytest.raises(ImageError, match="no such file in the folder that pictures may be in"):
+                runtime.generate(PROMPT, [url])
+        assert set(told) == {": no such file in the folder that pictures may be in"}
+        assert runtime.generate(PROMPT, max_tokens=1).text
+
+
+@pytest.mark.parametrize("allow_http", [False, True])
+def test_no_pictures_from_private_networks(tiny, allow_http):
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, allow_http=allow_http) as runtime:
+        with pytest.raises(ImageError, match=r"allow_http=True|allow_http='private'"):
+            runtime.stream(PROMPT, ["http://169.254.169.254/latest/meta-data"])
+        assert runtime.generate(PROMPT, max_tokens=1).text
 
 
 @pytest.mark.parametrize("prompt", ["nul \0 byte", "lone surrogate \ud800", "emoji 😀", "‮right to left"])

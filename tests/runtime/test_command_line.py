@@ -1,7 +1,10 @@
 import inspect
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -117,6 +120,40 @@ def test_ctrl_c_ends_without_a_traceback(run, monkeypatch):
     monkeypatch.setattr("edge_shiftkv.engine.slot.Slot.advance", lambda *_: signal.raise_signal(signal.SIGINT))
     status, _, err = run()
     assert (status, err) == (130, "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["--stats"]], ids=["text", "json", "stats"])
+def test_a_reader_that_has_had_enough(tiny, arguments):
+    """As `| head -c 0` does: no traceback, and the exit status of other tools."""
+    command = [sys.executable, "-m", "edge_shiftkv_cli", "run", "-m", str(tiny.text), "--threads", "1", "-n", "200"]
+    read, write = os.pipe()
+    os.close(read)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [*command, "-p", PROMPT, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, env=buffered
+    )
+    os.close(write)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (141, "")
+
+
+def test_run_keeps_to_a_folder(run, tiny, tmp_path):
+    status, _, err = run("--image-root", str(tmp_path))
+    assert (status, err.count("\n")) == (1, 1)
+    assert "no such file in the folder that pictures may be in" in err
+    assert run("--image-root", str(tiny.picture.parent))[0] == 0
+
+
+def test_run_fetches_from_public_addresses_only(run):
+    for arguments, message in (
+        ([], "allow_http=True"),
+        (["--allow-http"], "private network"),
+        (["--allow-http", "public"], "private network"),
+        (["--allow-http", "private"], "Connection refused"),
+    ):
+        status, _, err = run("--image", "http://127.0.0.1:1/a.png", *arguments)
+        assert status == 1
+        assert message in err
 
 
 def test_demo_shows_both_caches(tiny, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from edge_shiftkv import SettingError, Runtime, ShiftKVError, cli
+from edge_shiftkv import Runtime, SettingError, ShiftKVError, cli
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.selection.methods import METHODS, Random, ShiftKV, SnapKV, StreamingLLM

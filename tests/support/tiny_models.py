@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -17,9 +19,22 @@ CHAT_TEMPLATE = (
 
 
 def write_text_model(
-    path: Path, architecture: str = "llama", *, n_embd: int = N_EMBD, template: str | None = CHAT_TEMPLATE
+    path: Path,
+    architecture: str = "llama",
+    *,
+    n_embd: int = N_EMBD,
+    template: str | None = CHAT_TEMPLATE,
+    added: Mapping[str, gguf.TokenType] = MappingProxyType({}),
+    sentencepiece: bool = False,
+    merges: tuple[str, ...] = (),
 ) -> Path:
-    """A language model of bytes. `architecture`: llama, or qwen2vl for M-RoPE."""
+    """A language model of bytes.
+
+    architecture: llama, or qwen2vl for M-RoPE.
+    added: more tokens and their types, or other types of control tokens.
+    sentencepiece: whether the tokenizer puts a space before a text, as Llama 2's; else it is byte-level BPE.
+    merges: more of them.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(1024)
     writer.add_embedding_length(n_embd)
@@ -30,12 +45,17 @@ def write_text_model(
     writer.add_layer_norm_rms_eps(1e-5)
     if architecture == "qwen2vl":
         writer.add_rope_dimension_sections([2, 3, 3, 0])
-    tokens, types = _vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    kinds = _bytes(sentencepiece) | dict.fromkeys(CONTROL, gguf.TokenType.CONTROL) | dict(added)
+    tokens, types = list(kinds), [int(kind) for kind in kinds.values()]
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre("default" if sentencepiece else "qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(["t h", "th e"])
+    if sentencepiece:
+        writer.add_token_scores([-float(i) for i in range(len(tokens))])
+        writer.add_unk_token_id(tokens.index("<unk>"))
+    else:
+        writer.add_token_merges(["t h", "th e", *merges])
     writer.add_bos_token_id(tokens.index("<|endoftext|>"))
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_add_bos_token(False)
@@ -150,14 +170,18 @@ class _Tensors:
         self._writer.add_tensor(name, np.zeros(size, np.float32))
 
 
-def _vocabulary() -> tuple[list[str], list[int]]:
-    """One token per byte, in the letters GPT-2 writes them with, "th", "the", and the control tokens."""
+def _bytes(sentencepiece: bool) -> dict[str, gguf.TokenType]:
+    """Tokens for all bytes, "th" and "the", as the two kinds of tokenizers write them."""
+    normal = gguf.TokenType.NORMAL
+    words = dict.fromkeys(("th", "the"), normal)
+    if sentencepiece:
+        letters = dict.fromkeys(["▁", *map(chr, range(ord("!"), ord("~") + 1))], normal)
+        codes = dict.fromkeys((f"<0x{byte:02X}>" for byte in range(256)), gguf.TokenType.BYTE)
+        return {"<unk>": gguf.TokenType.UNKNOWN} | codes | words | letters
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    plain = [*(letters[byte] for byte in range(256)), "th", "the"]
-    types = [gguf.TokenType.NORMAL] * len(plain) + [gguf.TokenType.CONTROL] * len(CONTROL)
-    return [*plain, *CONTROL], [int(kind) for kind in types]
+    return dict.fromkeys((letters[byte] for byte in range(256)), normal) | words
 
 
 def _write(writer: gguf.GGUFWriter, path: Path) -> Path:
