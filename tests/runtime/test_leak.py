@@ -27,7 +27,8 @@ def assert_bounded(request, n: int) -> None:
     for _ in range(n):
         request()
     # A KV cache here is 96 KiB or more, a picture 10 KiB, the weights of both files 600 KiB.
-    assert resident_bytes() - before < n << 12
+    # Pages of a process in which much else was tested come and go: a MiB.
+    assert resident_bytes() - before < (n << 12) + (1 << 20)
 
 
 def cut_with_a_picture(runtime, picture):
