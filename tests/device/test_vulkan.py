@@ -50,7 +50,7 @@ CASES = (
     "test_handover.py::test_streams_of_another_context[q8_0-flash-to-streams]",
     "test_handover.py::test_fragmented_destination[f16-32-3]",
     "test_handover.py::test_interleaved_source[f16-flash-32-1]",
-    "test_handover.py::test_images_and_windows[512-gemma3]",
+    "test_handover.py::test_images_and_windows[512-gemma2]",
     # Decoding on what was moved, and selecting from it again.
     "test_decoding.py::test_like_a_mask_per_head[gqa-f16--small]",
     "test_decoding.py::test_like_a_mask_per_head[gqa-f16-flash-in-place]",

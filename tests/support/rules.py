@@ -96,8 +96,9 @@ def expected(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
     n_sink = min(settings["n_sink"], n_key - 1)
     hidden = context.hidden(view.layer)[-min(settings["n_window"], n_key - n_sink) :].astype(np.float64)
     positions = view.n_past + np.arange(settings["n_future"])
+    projected = weights.projected(view.layer, hidden)
     queries = weights.kq_scale * np.mean(
-        [weights.queries(view.layer, hidden, np.full(len(hidden), p), rotated=context.rotated) for p in positions],
+        [weights.placed(view.layer, projected, np.full(len(hidden), p), rotated=context.rotated) for p in positions],
         axis=0,
     )
     mean = queries.mean(axis=0)

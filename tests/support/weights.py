@@ -30,10 +30,15 @@ class Weights:
     def __init__(self, spec: Spec, path: Path) -> None:
         self.spec = spec
         self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        self._values: dict[str, Array] = {}
 
     def __getitem__(self, name: str) -> Array:
-        tensor = self._tensors[name]
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+        if name not in self._values:
+            tensor = self._tensors[name]
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            values.setflags(write=False)
+            self._values[name] = values
+        return self._values[name]
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -72,6 +77,10 @@ class Weights:
 
         `positions` are [n] or, with M-RoPE, may be [n, 3]. `rotated`: for a cache whose keys are rotated.
         """
+        return self.placed(il, self.projected(il, hidden), positions, rotated=rotated)
+
+    def projected(self, il: int, hidden: Array) -> Array:
+        """The part of the query path that does not depend on positions."""
         spec = self.spec
         n_q = spec.n_head * spec.d_head
         weight = self.layer(il, "attn_qkv.weight")[:n_q] if spec.arch in _FUSED else self.layer(il, "attn_q.weight")
@@ -83,10 +92,14 @@ class Weights:
         q = q.reshape(len(q), spec.n_head, spec.d_head)
         if self.has(f"blk.{il}.attn_q_norm.weight"):
             q = rms_norm(q, self.layer(il, "attn_q_norm.weight"))
+        return q
+
+    def placed(self, il: int, q: Array, positions: Ints, *, rotated: bool = False) -> Array:
+        """The rest of the query path."""
         if self.has_rope(il):
             q = self.rope(q, positions)
-        if spec.arch in _SCALED_QUERIES:
-            q = q * spec.d_head**-0.5
+        if self.spec.arch in _SCALED_QUERIES:
+            q = q * self.spec.d_head**-0.5
         return rotate(q) if rotated else q
 
     def has_rope(self, il: int) -> bool:
