@@ -1,0 +1,65 @@
+"""What llama.cpp takes on trust in a GGUF file, checked before it reads the file.
+
+llama.cpp itself refuses most damaged files; here is what would have it read past a buffer, divide by zero or call a
+kernel that there is not. Nothing but the header is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from edge_shiftkv.errors import ModelError
+from edge_shiftkv.native.gguf_file import BF16, BLOCKS, F16, F32, FLOAT32, INTEGERS, GGUFError, Header, read_header
+
+_NO_KERNEL = frozenset({9, 15, 24, 25, 26, 27, 28})  # q8_1, q8_K, i8 .. i64, f64: nothing multiplies with these
+_INDEX_TABLES = ("ffn_gate_tid2eid.weight", "d2t")  # integers, as they should be
+
+
+def check_model(path: Path) -> None:
+    """Raise ModelError unless `path` is a GGUF file that llama.cpp can safely try to load as a language model."""
+    _check(path, _model_faults)
+
+
+def check_mmproj(path: Path) -> None:
+    """Raise ModelError unless `path` is a GGUF file that mtmd can safely try to load as a vision encoder."""
+    _check(path, _mmproj_faults)
+
+
+def _check(path: Path, faults: Callable[[Header], Iterator[str]]) -> None:
+    try:
+        header = read_header(path)
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from error
+    except GGUFError as error:
+        raise ModelError(f"{path}: {error}") from error
+    for fault in (*_tensor_faults(header), *faults(header)):
+        raise ModelError(f"{path}: {fault}; the file is damaged, or no model that this llama.cpp knows")
+
+
+def _tensor_faults(header: Header) -> Iterator[str]:
+    for name, tensor in header.tensors.items():
+        if 0 in tensor.shape:
+            yield f"tensor {name!r} is empty: {list(tensor.shape)}"
+        if name.endswith(_INDEX_TABLES):
+            continue
+        if tensor.type in _NO_KERNEL:
+            yield f"the weights {name!r} have a type that cannot be multiplied with ({tensor.type})"
+        is_vector = len(tensor.shape) == 1 or tensor.n_dims == 1
+        if is_vector and tensor.type not in (F32, F16, BF16):
+            yield f"{name!r} is a vector of the block type {tensor.type}"
+        if tensor.type != F32 and (name.endswith((".bias", "norm.weight"))):
+            yield f"{name!r} has the type {tensor.type}: biases and norms are F32"
+
+
+def _model_faults(header: Header) -> Iterator[str]:
+    yield from ()
+
+
+def _mmproj_faults(header: Header) -> Iterator[str]:
+    for name, tensor in header.tensors.items():
+        if len(tensor.shape) == 1 and tensor.type != F32:
+            yield f"{name!r} has the type {tensor.type}: vectors are F32"
+        if len(tensor.shape) > 2 and tensor.type not in (F32, F16):
+            yield f"{name!r} has the type {tensor.type}: convolutions are F32 or F16"
