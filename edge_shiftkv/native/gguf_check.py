@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edge_shiftkv.errors import ModelError
-from edge_shiftkv.native.gguf_file import BF16, BLOCKS, F16, F32, FLOAT32, INTEGERS, GGUFError, Header, read_header
+from edge_shiftkv.native.gguf_file import BF16, F16, F32, INTEGERS, GGUFError, Header, read_header
 
 _NO_KERNEL = frozenset({9, 15, 24, 25, 26, 27, 28})  # q8_1, q8_K, i8 .. i64, f64: nothing multiplies with these
+_MAX_TILES = 256
 _INDEX_TABLES = ("ffn_gate_tid2eid.weight", "d2t")  # integers, as they should be
 
 
@@ -34,7 +35,7 @@ def _check(path: Path, faults: Callable[[Header], Iterator[str]]) -> None:
         raise ModelError(f"{path}: {error.strerror or error}") from error
     except GGUFError as error:
         raise ModelError(f"{path}: {error}") from error
-    for fault in (*_tensor_faults(header), *faults(header)):
+    for fault in (*_tensor_faults(header), *_number_faults(header), *faults(header)):
         raise ModelError(f"{path}: {fault}; the file is damaged, or no model that this llama.cpp knows")
 
 
@@ -53,8 +54,15 @@ def _tensor_faults(header: Header) -> Iterator[str]:
             yield f"{name!r} has the type {tensor.type}: biases and norms are F32"
 
 
+def _number_faults(header: Header) -> Iterator[str]:
+    for key, entry in header.metadata.items():
+        if key.endswith("epsilon") and isinstance(entry.value, float) and not 0 <= entry.value < math.inf:
+            yield f"{key} is {entry.value}: it has to be at least 0"
+
+
 def _model_faults(header: Header) -> Iterator[str]:
-    yield from ()
+    if header.text("tokenizer.ggml.model") in ("none", "no_vocab"):
+        yield "it has no vocabulary"
 
 
 def _mmproj_faults(header: Header) -> Iterator[str]:
@@ -63,3 +71,11 @@ def _mmproj_faults(header: Header) -> Iterator[str]:
             yield f"{name!r} has the type {tensor.type}: vectors are F32"
         if len(tensor.shape) > 2 and tensor.type not in (F32, F16):
             yield f"{name!r} has the type {tensor.type}: convolutions are F32 or F16"
+    image_size = header.integer("clip.vision.image_size") or 0
+    pinpoints = header.array("clip.vision.image_grid_pinpoints")
+    if pinpoints and pinpoints.kind in INTEGERS:
+        sides = header.numbers(pinpoints)
+        if not all(1 <= side <= _MAX_TILES * image_size for side in sides):
+            yield f"clip.vision.image_grid_pinpoints has sides of {min(sides)} to {max(sides)} pixels"
+        if any(w * h > _MAX_TILES * image_size**2 for w, h in zip(sides[::2], sides[1::2], strict=False)):
+            yield f"clip.vision.image_grid_pinpoints has pictures of more than {_MAX_TILES} tiles"

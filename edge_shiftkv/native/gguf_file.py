@@ -82,12 +82,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a GGUF file but the tensors' data, which begins at byte `data_start`; `n_bytes` is the file's size."""
+    """All of a GGUF file but the tensors' data and the items of lists."""
 
     metadata: dict[str, Value]
     tensors: dict[str, Tensor]
-    data_start: int
-    n_bytes: int
+    path: Path
 
     def text(self, key: str) -> str | None:
         """The string under a key, or None where there is no string."""
@@ -104,6 +103,13 @@ class Header:
         entry = self.metadata.get(key)
         return entry.value if entry and isinstance(entry.value, Array) else None
 
+    def numbers(self, array: Array) -> tuple[float, ...]:
+        """The items of a list of numbers, read from the file."""
+        scalar = _SCALARS[array.kind]
+        with self.path.open("rb") as file:
+            file.seek(array.start)
+            return tuple(value for (value,) in scalar.iter_unpack(file.read(array.n * scalar.size)))
+
 
 def read_header(path: Path) -> Header:
     """Read the header: the time goes with its length, not with the file's.
@@ -119,17 +125,9 @@ def read_header(path: Path) -> Header:
             raise GGUFError(f"not a GGUF file (it starts with {magic!r})")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Reader(data).header()
+                return Header(*_Reader(data).header(), path)
             except struct.error as error:  # reading past the end
                 raise GGUFError("an incomplete file: it ends within the header") from error
-
-
-def numbers(path: Path, array: Array) -> tuple[float, ...]:
-    """The items of a list of numbers in the metadata of `path`."""
-    scalar = _SCALARS[array.kind]
-    with path.open("rb") as file:
-        file.seek(array.start)
-        return tuple(value for (value,) in scalar.iter_unpack(file.read(array.n * scalar.size)))
 
 
 class _Reader:
@@ -138,7 +136,7 @@ class _Reader:
         self._size = len(data)
         self._at = 4
 
-    def header(self) -> Header:
+    def header(self) -> tuple[dict[str, Value], dict[str, Tensor]]:
         version = self._number(_U32)
         if version not in (2, 3):
             raise GGUFError(f"GGUF version {version}: 2 and 3 are known")
@@ -166,7 +164,7 @@ class _Reader:
             if start + tensor.offset + tensor.n_bytes > self._size:
                 raise GGUFError(f"an incomplete file: it ends before the data of tensor {name!r} does")
             expected += -(-tensor.n_bytes // alignment.value) * alignment.value
-        return Header(metadata, tensors, start, self._size)
+        return metadata, tensors
 
     def _value(self, key: str) -> Value:
         kind = self._number(_U32)
