@@ -14,6 +14,8 @@ from edge_shiftkv.errors import ModelError
 from edge_shiftkv.native.gguf_file import BF16, F16, F32, INTEGERS, GGUFError, Header, read_header
 
 _NO_KERNEL = frozenset({9, 15, 24, 25, 26, 27, 28})  # q8_1, q8_K, i8 .. i64, f64: nothing multiplies with these
+_FIXED_POSITIONS = ("mlp", "ldp", "ldpv2", "adapter", "resampler")  # looked up by the patch's number
+_RESAMPLER_POSITIONS = 70 * 70
 _MAX_TILES = 256
 _INDEX_TABLES = ("ffn_gate_tid2eid.weight", "d2t")  # integers, as they should be
 
@@ -72,6 +74,15 @@ def _mmproj_faults(header: Header) -> Iterator[str]:
         if len(tensor.shape) > 2 and tensor.type not in (F32, F16):
             yield f"{name!r} has the type {tensor.type}: convolutions are F32 or F16"
     image_size = header.integer("clip.vision.image_size") or 0
+    patch_size = header.integer("clip.vision.patch_size") or 1
+    positions = header.tensors.get("v.position_embd.weight")
+    projector = header.text("clip.projector_type") or header.text("clip.vision.projector_type")
+    if projector in _FIXED_POSITIONS and positions:
+        n_rows, n_needed = positions.n_rows, (image_size // patch_size) ** 2 + ("v.class_embd" in header.tensors)
+        if projector == "resampler":
+            n_needed = _RESAMPLER_POSITIONS
+        if n_rows < n_needed:
+            yield f"there are {n_rows} position embeddings for {n_needed} patches"
     pinpoints = header.array("clip.vision.image_grid_pinpoints")
     if pinpoints and pinpoints.kind in INTEGERS:
         sides = header.numbers(pinpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -63,13 +64,15 @@ class Tensor:
         return max([i + 1 for i, size in enumerate(self.shape) if size > 1], default=1)
 
     @property
+    def n_rows(self) -> int:
+        """The rows, of `shape[0]` numbers each."""
+        return math.prod(self.shape[1:])
+
+    @property
     def n_bytes(self) -> int:
         """The bytes of its data."""
         block, size = BLOCKS[self.type]
-        n = size
-        for side in self.shape:
-            n *= side
-        return n // block
+        return math.prod(self.shape) // block * size
 
 
 @dataclass(frozen=True)
