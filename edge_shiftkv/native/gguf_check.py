@@ -17,6 +17,7 @@ _NO_KERNEL = frozenset({9, 15, 24, 25, 26, 27, 28})  # q8_1, q8_K, i8 .. i64, f6
 _FIXED_POSITIONS = ("mlp", "ldp", "ldpv2", "adapter", "resampler")  # looked up by the patch's number
 _RESAMPLER_POSITIONS = 70 * 70
 _MAX_TILES = 256
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 _INDEX_TABLES = ("ffn_gate_tid2eid.weight", "d2t")  # integers, as they should be
 
 
@@ -68,23 +69,47 @@ def _model_faults(header: Header) -> Iterator[str]:
 
 
 def _mmproj_faults(header: Header) -> Iterator[str]:
-    for name, tensor in header.tensors.items():
+    tensors = header.tensors
+    for name, tensor in tensors.items():
         if len(tensor.shape) == 1 and tensor.type != F32:
             yield f"{name!r} has the type {tensor.type}: vectors are F32"
         if len(tensor.shape) > 2 and tensor.type not in (F32, F16):
             yield f"{name!r} has the type {tensor.type}: convolutions are F32 or F16"
-    image_size = header.integer("clip.vision.image_size") or 0
-    patch_size = header.integer("clip.vision.patch_size") or 1
-    positions = header.tensors.get("v.position_embd.weight")
+        n = math.prod(tensor.shape)
+        weight = tensors.get(f"{name.removesuffix('bias')}weight")
+        is_linear = name.startswith(("v.blk.", "mm.")) and weight is not None and len(weight.shape) <= 2
+        if is_linear and name.endswith(".bias") and weight and n != weight.shape[-1]:
+            yield f"{name!r} has {n} numbers for {weight.shape[-1]} outputs"
+    if header.flag("clip.has_vision_encoder"):
+        yield from _vision_faults(header)
+
+
+def _vision_faults(header: Header) -> Iterator[str]:
+    def number(key: str) -> int:
+        return header.integer(f"clip.vision.{key}") or 0
+
+    tensors = header.tensors
+    if number("block_count") > _MAX_LAYERS:
+        yield f"clip.vision.block_count is {number('block_count')}: at most {_MAX_LAYERS} layers are known"
+    n_head = number("attention.head_count")
+    if n_head > 0 and number("embedding_length") % n_head and not number("embedding_head_length"):
+        yield f"{n_head} attention heads share {number('embedding_length')} numbers"
+    image_size, patch_size = number("image_size"), number("patch_size")
+    if patch_size < 1:
+        yield f"clip.vision.patch_size is {patch_size}"
+        return
     projector = header.text("clip.projector_type") or header.text("clip.vision.projector_type")
+    if projector == "mlp" and ("mm.3.bias" if "mm.3.weight" in tensors else "mm.2.weight") not in tensors:
+        yield "the projector's last layer is missing"
+    positions = tensors.get("v.position_embd.weight")
     if projector in _FIXED_POSITIONS and positions:
-        n_rows, n_needed = positions.n_rows, (image_size // patch_size) ** 2 + ("v.class_embd" in header.tensors)
+        n_rows, n_needed = positions.n_rows, (image_size // patch_size) ** 2 + ("v.class_embd" in tensors)
         if projector == "resampler":
             n_needed = _RESAMPLER_POSITIONS
         if n_rows < n_needed:
             yield f"there are {n_rows} position embeddings for {n_needed} patches"
     pinpoints = header.array("clip.vision.image_grid_pinpoints")
-    if pinpoints and pinpoints.kind in INTEGERS:
+    if pinpoints and pinpoints.n and pinpoints.kind in INTEGERS:
         sides = header.numbers(pinpoints)
         if not all(1 <= side <= _MAX_TILES * image_size for side in sides):
             yield f"clip.vision.image_grid_pinpoints has sides of {min(sides)} to {max(sides)} pixels"

@@ -101,6 +101,11 @@ class Header:
         entry = self.metadata.get(key)
         return int(entry.value) if entry and entry.kind in INTEGERS and isinstance(entry.value, int) else None
 
+    def flag(self, key: str) -> bool:
+        """Whether the value under a key is true."""
+        entry = self.metadata.get(key)
+        return entry is not None and entry.kind == BOOL and bool(entry.value)
+
     def array(self, key: str) -> Array | None:
         """The list under a key, or None where there is none."""
         entry = self.metadata.get(key)
@@ -157,7 +162,9 @@ class _Reader:
         for _ in range(n_tensors):
             name = self._string().decode(errors="surrogateescape")
             if name in tensors or len(name) >= _MAX_NAME:
-                raise GGUFError(f"there are two tensors {name!r}" if name in tensors else f"the name {name!r} is too long")
+                raise GGUFError(
+                    f"there are two tensors {name!r}" if name in tensors else f"the name {name!r} is too long"
+                )
             tensors[name] = self._tensor(name)
         start = -(-self._at // alignment.value) * alignment.value
         expected = 0
