@@ -198,8 +198,8 @@ ARCHITECTURES = _words("""
 """)
 PROJECTORS = _words("""
     mlp ldp ldpv2 resampler adapter qwen2vl_merger qwen2.5vl_merger qwen3vl_merger gemma3 gemma3nv idefics3 pixtral
-    internvl llama4 ultravox glm4v lfm2 kimivl cogvlm janus_pro lightonocr phi4 paddleocr deepseekocr youtuvl whisper-enc
-    qwen2a
+    internvl llama4 ultravox glm4v lfm2 kimivl cogvlm janus_pro lightonocr phi4 paddleocr deepseekocr youtuvl
+    whisper-enc qwen2a
 """)
 TEMPLATES = (
     *(

@@ -16,6 +16,16 @@ from edge_shiftkv.native.gguf_file import BF16, F16, F32, INTEGERS, GGUFError, H
 _NO_KERNEL = frozenset({9, 15, 24, 25, 26, 27, 28})  # q8_1, q8_K, i8 .. i64, f64: nothing multiplies with these
 _FIXED_POSITIONS = ("mlp", "ldp", "ldpv2", "adapter", "resampler")  # looked up by the patch's number
 _RESAMPLER_POSITIONS = 70 * 70
+_CLIP_SCALARS = (
+    *(
+        "clip.has_vision_encoder",
+        "clip.projector_type",
+        "clip.vision.projector_type",
+        "clip.vision.attention.head_count",
+    ),
+    *("clip.vision.image_size", "clip.vision.patch_size", "clip.vision.block_count", "clip.vision.embedding_length"),
+    "clip.vision.attention.layer_norm_epsilon",
+)
 _MAX_TILES = 256
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 _INDEX_TABLES = ("ffn_gate_tid2eid.weight", "d2t")  # integers, as they should be
@@ -80,6 +90,9 @@ def _mmproj_faults(header: Header) -> Iterator[str]:
         is_linear = name.startswith(("v.blk.", "mm.")) and weight is not None and len(weight.shape) <= 2
         if is_linear and name.endswith(".bias") and weight and n != weight.shape[-1]:
             yield f"{name!r} has {n} numbers for {weight.shape[-1]} outputs"
+    for key in _CLIP_SCALARS:
+        if header.array(key):  # clip takes the first item
+            yield f"{key} is a list"
     if header.flag("clip.has_vision_encoder"):
         yield from _vision_faults(header)
 
