@@ -340,7 +340,10 @@ class Worker:
     def __init__(self) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
         command = [sys.executable, __file__, "--serve"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # which a debugger would take its time for
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment
+        )
         self.alive = True
 
     def run(self, case: str, limit_s: float) -> tuple[str, Finding | None]:

@@ -15,6 +15,7 @@ from edge_shiftkv.native.gguf_file import BF16, F16, F32, INTEGERS, GGUFError, H
 
 _NO_KERNEL = frozenset({9, 15, 24, 25, 26, 27, 28})  # q8_1, q8_K, i8 .. i64, f64: nothing multiplies with these
 _FIXED_POSITIONS = ("mlp", "ldp", "ldpv2", "adapter", "resampler")  # looked up by the patch's number
+_POSITIONS_LOOKED_UP = (*_FIXED_POSITIONS, "gemma4v", "gemma4uv")
 _RESAMPLER_POSITIONS = 70 * 70
 _CLIP_SCALARS = (
     *(
@@ -121,6 +122,8 @@ def _vision_faults(header: Header) -> Iterator[str]:
             n_needed = _RESAMPLER_POSITIONS
         if n_rows < n_needed:
             yield f"there are {n_rows} position embeddings for {n_needed} patches"
+    if projector not in _POSITIONS_LOOKED_UP and positions and positions.type != F32:
+        yield f"the position embeddings have the type {positions.type}: those of {projector!r} are F32"
     pinpoints = header.array("clip.vision.image_grid_pinpoints")
     if pinpoints and pinpoints.n and pinpoints.kind in INTEGERS:
         sides = header.numbers(pinpoints)
