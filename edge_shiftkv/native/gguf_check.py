@@ -17,17 +17,16 @@ _NO_KERNEL = frozenset({9, 15, 24, 25, 26, 27, 28})  # q8_1, q8_K, i8 .. i64, f6
 _FIXED_POSITIONS = ("mlp", "ldp", "ldpv2", "adapter", "resampler")  # looked up by the patch's number
 _POSITIONS_LOOKED_UP = (*_FIXED_POSITIONS, "gemma4v", "gemma4uv")
 _RESAMPLER_POSITIONS = 70 * 70
-_CLIP_SCALARS = (
-    *(
-        "clip.has_vision_encoder",
-        "clip.projector_type",
-        "clip.vision.projector_type",
-        "clip.vision.attention.head_count",
-    ),
-    *("clip.vision.image_size", "clip.vision.patch_size", "clip.vision.block_count", "clip.vision.embedding_length"),
-    "clip.vision.attention.layer_norm_epsilon",
+_CLIP_SCALARS = tuple(
+    f"clip.{key}"
+    for key in (
+        *("has_vision_encoder", "projector_type", "vision.projector_type", "vision.attention.head_count"),
+        *("vision.image_size", "vision.patch_size", "vision.block_count", "vision.embedding_length"),
+        "vision.attention.layer_norm_epsilon",
+    )
 )
-_MAX_TILES = 256
+_MAX_TILES, _MAX_PINPOINTS = 256, 1024
+_N_SECTIONS = 4
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 _INDEX_TABLES = ("ffn_gate_tid2eid.weight", "d2t")  # integers, as they should be
 
@@ -77,6 +76,16 @@ def _number_faults(header: Header) -> Iterator[str]:
 def _model_faults(header: Header) -> Iterator[str]:
     if header.text("tokenizer.ggml.model") in ("none", "no_vocab"):
         yield "it has no vocabulary"
+    architecture = header.text("general.architecture")
+    n_head = header.integer(f"{architecture}.attention.head_count")
+    size = header.integer(f"{architecture}.attention.key_length")
+    if size is None and n_head:
+        size = (header.integer(f"{architecture}.embedding_length") or 0) // n_head
+    sections = header.array(f"{architecture}.rope.dimension_sections")
+    if sections and sections.kind in INTEGERS and sections.n <= _N_SECTIONS and size is not None:
+        sides = header.numbers(sections)
+        if min(sides, default=0) < 0 or max(sides[:3], default=0) < 1 or sum(sides) > size:
+            yield f"{architecture}.rope.dimension_sections is {list(sides)} for heads of {size}"
 
 
 def _mmproj_faults(header: Header) -> Iterator[str]:
@@ -125,7 +134,9 @@ def _vision_faults(header: Header) -> Iterator[str]:
     if projector not in _POSITIONS_LOOKED_UP and positions and positions.type != F32:
         yield f"the position embeddings have the type {positions.type}: those of {projector!r} are F32"
     pinpoints = header.array("clip.vision.image_grid_pinpoints")
-    if pinpoints and pinpoints.n and pinpoints.kind in INTEGERS:
+    if pinpoints and pinpoints.n > _MAX_PINPOINTS:
+        yield f"clip.vision.image_grid_pinpoints has {pinpoints.n} numbers"
+    elif pinpoints and pinpoints.n and pinpoints.kind in INTEGERS:
         sides = header.numbers(pinpoints)
         if not all(1 <= side <= _MAX_TILES * image_size for side in sides):
             yield f"clip.vision.image_grid_pinpoints has sides of {min(sides)} to {max(sides)} pixels"
