@@ -1,4 +1,4 @@
-"""Damaged files and odd requests end in an error of this package; what ends the process, or never ends, is a failure."""
+"""Damaged files and odd requests end in an error of this package, never in the end of the process or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import gguf
 import pytest
 from support import gguf_random, tiny_models
 from support.gguf_random import Spec
+
+pytest.importorskip("resource", reason="the fuzzer limits its workers' memory, which needs POSIX")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -201,3 +203,11 @@ def test_a_damaged_mmproj(worker, folder, projector, damage, expected, request):
 
 def assert_outcome(outcome: str, expected: str) -> None:
     assert re.match(expected, outcome), outcome
+
+
+@pytest.mark.parametrize(("kind", "n"), [("text", 40), ("mmproj", 40), ("pictures", 60), ("prompts", 40)])
+def test_random_damage(worker, kind, n):
+    """A few of the cases that docs/fuzzing.md counts 10,000 of."""
+    outcomes = [worker(f"{kind}:{seed}") for seed in range(n)]
+    assert any(outcome == "ok" for outcome in outcomes)
+    assert any("Error: " in outcome for outcome in outcomes)
