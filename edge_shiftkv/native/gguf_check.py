@@ -60,11 +60,11 @@ def _tensor_faults(header: Header) -> Iterator[str]:
             continue
         if tensor.type in _NO_KERNEL:
             yield f"the weights {name!r} have a type that cannot be multiplied with ({tensor.type})"
-        is_vector = len(tensor.shape) == 1 or tensor.n_dims == 1
-        if is_vector and tensor.type not in (F32, F16, BF16):
+        if len(tensor.shape) == 1 and tensor.type not in (F32, F16, BF16):
             yield f"{name!r} is a vector of the block type {tensor.type}"
-        if tensor.type != F32 and (name.endswith((".bias", "norm.weight"))):
-            yield f"{name!r} has the type {tensor.type}: biases and norms are F32"
+        is_weight = name.endswith((".weight", ".lora_a", ".lora_b")) and not name.endswith("norm.weight")
+        if tensor.type != F32 and not is_weight:
+            yield f"{name!r} has the type {tensor.type}: norms, biases and what else is no weight are F32"
 
 
 def _number_faults(header: Header) -> Iterator[str]:

@@ -100,16 +100,28 @@ TYPES = gguf.GGMLQuantizationType
 QWEN2VL = Spec("qwen2vl", meta={"rope.dimension_sections": [6, 5, 5, 0]})
 GEMMA3 = Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 32, "attention.sliding_window_pattern": 2})
 
+MAMBA = Spec(
+    "mamba",
+    meta={"ssm.inner_size": 256, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 8},
+)
+
 TEXT_DEFECTS = [
+    pytest.param(MAMBA, retype("blk.0.ssm_d", TYPES.F16), "ModelError.*'blk.0.ssm_d'.*F32", id="ssm-d-f16"),
+    pytest.param(
+        Spec(rope_factors=True, n_head=2, d_head=64),
+        retype("rope_freqs.weight", TYPES.Q8_0),
+        "ModelError.*'rope_freqs.weight' is a vector of the block type 8",
+        id="rope-factors-q8_0",
+    ),
     pytest.param(Spec(), double_token, r"ModelError.*id_to_token\.size\(\) == token_to_id\.size\(\)", id="token-twice"),
     pytest.param(Spec(), no_bytes, "PromptError: the text could not be tokenized", id="no-byte-tokens"),
     pytest.param(Spec(), no_vocabulary, "ModelError.*no vocabulary", id="no-vocabulary"),
     pytest.param(Spec(), put("llama.block_count", UINT32, 1 << 20), "ModelError.*n_layer_all", id="a-million-layers"),
     pytest.param(Spec(), retype("blk.2.ffn_up.weight", TYPES.I32), "ModelError.*cannot be multiplied", id="integers"),
     pytest.param(Spec(), retype("blk.2.ffn_up.weight", TYPES.Q8_1), "ModelError.*cannot be multiplied", id="q8_1"),
-    pytest.param(Spec(), retype("output_norm.weight", TYPES.F16), "ModelError.*norms are F32", id="norm-f16"),
+    pytest.param(Spec(), retype("output_norm.weight", TYPES.F16), "ModelError.*norms, biases.*F32", id="norm-f16"),
     pytest.param(
-        *(Spec("qwen2"), retype("blk.0.attn_q.bias", TYPES.BF16), "ModelError.*biases and norms are F32"),
+        *(Spec("qwen2"), retype("blk.0.attn_q.bias", TYPES.BF16), "ModelError.*norms, biases.*F32"),
         id="bias-bf16",
     ),
     pytest.param(
