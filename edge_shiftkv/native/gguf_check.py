@@ -93,8 +93,8 @@ def _mmproj_faults(header: Header) -> Iterator[str]:
     for name, tensor in tensors.items():
         if len(tensor.shape) == 1 and tensor.type != F32:
             yield f"{name!r} has the type {tensor.type}: vectors are F32"
-        if len(tensor.shape) > 2 and tensor.type not in (F32, F16):
-            yield f"{name!r} has the type {tensor.type}: convolutions are F32 or F16"
+        if name.startswith("v.patch_embd.weight") and tensor.type not in (F32, F16, BF16):
+            yield f"{name!r} has the type {tensor.type}: the first convolution is F32, F16 or BF16"
         n = math.prod(tensor.shape)
         weight = tensors.get(f"{name.removesuffix('bias')}weight")
         is_linear = name.startswith(("v.blk.", "mm.")) and weight is not None and len(weight.shape) <= 2

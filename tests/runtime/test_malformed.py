@@ -96,6 +96,13 @@ def no_vocabulary(file: File) -> None:
     file.set("llama.vocab_size", UINT32, gguf_random.N_VOCAB)
 
 
+def quantized_patches(file: File) -> None:
+    file.set("clip.vision.patch_size", UINT32, 32)
+    file.set("clip.vision.image_size", UINT32, 128)
+    embeddings = tensor(file, "v.patch_embd.weight")
+    embeddings.shape, embeddings.type = [32, 32, 3, 32], TYPES.Q8_0
+
+
 TYPES = gguf.GGMLQuantizationType
 QWEN2VL = Spec("qwen2vl", meta={"rope.dimension_sections": [6, 5, 5, 0]})
 GEMMA3 = Spec("gemma3", n_layer=6, meta={"attention.sliding_window": 32, "attention.sliding_window_pattern": 2})
@@ -192,9 +199,8 @@ MMPROJ_DEFECTS = [
     pytest.param("gemma3", reshape("mm.soft_emb_norm.weight", 24), "ImageError.*can_repeat", id="short-norm"),
     pytest.param("mlp", retype("v.blk.0.ln1.weight", TYPES.F16), "ModelError.*vectors are F32", id="norm-f16"),
     pytest.param("mlp", retype("v.blk.0.attn_v.weight", TYPES.I32), "ModelError.*cannot be multiplied", id="integers"),
-    pytest.param(
-        "mlp", retype("v.patch_embd.weight", TYPES.BF16), "ModelError.*F32 or F16", id="patch-embeddings-bf16"
-    ),
+    pytest.param("mlp", quantized_patches, "ModelError.*F32, F16 or BF16", id="patch-embeddings-q8_0"),
+    pytest.param("gemma3", put("clip.projector_type", STRING, b"gemma3nv"), "ImageError.*ASSERT", id="other-encoder"),
     pytest.param("gemma3", retype("v.position_embd.weight", TYPES.F16), "ModelError.*are F32", id="positions-f16"),
 ]
 
@@ -211,6 +217,18 @@ def test_a_damaged_mmproj(worker, folder, projector, damage, expected, request):
     file.lay_out()
     path.write_bytes(file.write())
     assert_outcome(worker(f"files:{text}:{path}"), expected)
+
+
+def test_an_mmproj_in_bfloat16(worker, folder):
+    text = tiny_models.write_text_model(folder / "text.gguf")
+    path = folder / "mmproj-bf16.gguf"
+    file = parse(tiny_models.write_mmproj(path).read_bytes())
+    for one in file.tensors:
+        if len(one.shape) > 1 and one.name != b"v.position_embd.weight":
+            one.type = TYPES.BF16
+    file.lay_out()
+    path.write_bytes(file.write())
+    assert_outcome(worker(f"files:{text}:{path}"), "ok")
 
 
 def assert_outcome(outcome: str, expected: str) -> None:
