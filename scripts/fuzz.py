@@ -65,7 +65,16 @@ class Bases:
     """The whole files that cases are made from, and the runtimes that are kept between cases."""
 
     folder: Path
+    keep: Path | None = None
     runtimes: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write a case's file; with `keep`, also there."""
+        path = self.folder / name
+        for one in (path, self.keep):
+            if one:
+                one.write_bytes(data)
+        return path
 
     @cache  # noqa: B019 - one instance in a process
     def texts(self) -> list[bytes]:
@@ -181,8 +190,7 @@ def run_case(kind: str, seed: int, bases: Bases) -> str:
 
 def text_case(rng: random.Random, bases: Bases) -> None:
     data = bases.demo_text() if rng.random() < 0.4 else rng.choice(bases.texts())
-    path = bases.folder / "case.gguf"
-    path.write_bytes(damaged(rng, data, TEXT_CHANGES))
+    path = bases.write("case.gguf", damaged(rng, data, TEXT_CHANGES))
     use_text_model(path, kv_budget=rng.choice((None, None, 8)), raw=rng.random() < 0.5)
 
 
@@ -196,8 +204,7 @@ def use_text_model(path: Path, kv_budget: int | None, raw: bool) -> None:
 
 def mmproj_case(rng: random.Random, bases: Bases) -> None:
     text, data = rng.choice(bases.mmprojs())
-    path = bases.folder / "case.gguf"
-    path.write_bytes(damaged(rng, data, MMPROJ_CHANGES))
+    path = bases.write("case.gguf", damaged(rng, data, MMPROJ_CHANGES))
     use_mmproj(text, path, bases, kv_budget=rng.choice((None, 8)))
 
 
@@ -233,8 +240,7 @@ def picture_case(rng: random.Random, bases: Bases) -> None:
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         data = damage_bytes(rng, data, rng.choice((64, 256, len(data)))) or b"\0"
     suffix = rng.choice((kind.lower(), kind.lower(), "png", "eps", ""))
-    path = bases.folder / f"case.{suffix}"
-    path.write_bytes(data)
+    path = bases.write(f"case.{suffix}", data)
     try:
         runtime = bases.runtime(rng.choice(("demo", "tiny", "tiled")))
         runtime.kv_budget = rng.choice((None, 8))
@@ -460,17 +466,8 @@ def replay(case: str, keep: Path | None) -> int:
     """Run one case here, where a debugger can see it."""
     kind, seed = case.split(":")
     with tempfile.TemporaryDirectory() as folder:
-        bases = Bases(Path(folder))
+        bases = Bases(Path(folder), keep)
         limit_memory()
-        if keep:
-            write = Path.write_bytes
-
-            def write_both(path: Path, data: bytes) -> int:
-                if path.stem == "case":
-                    write(keep, data)
-                return write(path, data)
-
-            Path.write_bytes = write_both  # type: ignore[method-assign, assignment]
         print(run_case(kind, int(seed), bases))
     return 0
 
