@@ -23,6 +23,10 @@ from edge_shiftkv.native import logs
 
 _INTERVAL_US = 50_000
 
+_asserts_throw = llama._lib.llama_shiftkv_asserts_throw
+_asserts_throw.argtypes = [ctypes.c_bool]
+_asserts_throw.restype = ctypes.c_bool
+
 _ASK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 
 Signal = tuple[int, FrameType | None]
@@ -44,24 +48,34 @@ def native_call() -> Iterator[list[str]]:
     """Surround calls into llama.cpp; yields the error lines that this thread logs in them.
 
     Ctrl-C is held back until the end: raised inside a callback, a KeyboardInterrupt would be lost in C. A computation
-    that an `Interrupt` watches ends early for it.
+    that an `Interrupt` watches ends early for it. An assertion of llama.cpp that fails ends the call with an error
+    where llama.cpp handles errors, not the process.
     """
-    global _held
-    with logs.errors_of_this_thread() as errors:
-        previous = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or not callable(previous) or _held is not None:
-            yield errors
-            return
-        held: list[Signal] = []
-        _held = held
-        signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    with logs.errors_of_this_thread() as errors, _interrupts_held():
+        before = _asserts_throw(True)
         try:
             yield errors
         finally:
-            _held = None
-            signal.signal(signal.SIGINT, previous)
-            if held:
-                previous(*held[-1])
+            _asserts_throw(before)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    global _held
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous) or _held is not None:
+        yield
+        return
+    held: list[Signal] = []
+    _held = held
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        _held = None
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            previous(*held[-1])
 
 
 class _Poll(ctypes.Structure):

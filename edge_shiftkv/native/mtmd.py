@@ -14,7 +14,8 @@ from PIL import Image
 from edge_shiftkv.errors import ImageError, ModelError, PromptError, ShiftKVError
 from edge_shiftkv.native import logs
 from edge_shiftkv.native.calls import Handle, Interrupt, Loading, native_call
-from edge_shiftkv.native.llama import Context, Model, check_gguf
+from edge_shiftkv.native.gguf_check import check_mmproj
+from edge_shiftkv.native.llama import Context, Model
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Projector(Handle):
         interrupt: Interrupt | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        check_gguf(path)
+        check_mmproj(path)
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = use_gpu
         params.n_threads = n_threads

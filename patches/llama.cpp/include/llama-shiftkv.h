@@ -191,6 +191,11 @@ LLAMA_API bool llama_shiftkv_abort_callback(void * data);
 // The same for mtmd_context_params.cb_eval; the embeddings of a computation that was ended are not to be used.
 LLAMA_API bool llama_shiftkv_eval_callback(struct ggml_tensor * t, bool ask, void * data);
 
+// Whether an assertion of llama.cpp that fails in the calling thread throws std::runtime_error instead of ending the process. Loading a
+// model or an mmproj, making a context, tokenizing, encoding an image and decoding catch it and return their error; kernels still abort.
+// Returns what it was before.
+LLAMA_API bool llama_shiftkv_asserts_throw(bool on);
+
 #ifdef __cplusplus
 }
 #endif
