@@ -1,0 +1,151 @@
+"""Measure what sessions save; prints Markdown tables.
+
+    python scripts/bench_session.py ask -m MODEL --mmproj MMPROJ --image PAGE --tokens 1024   # time to the first token
+    python scripts/bench_session.py memory -m MODEL --mmproj MMPROJ --image PAGE              # of many open pages
+
+`ask` takes the seconds until the first token of an answer is there: of a question with its page read for it, of a
+second question in the same session, of one after a cut, and of one in a session from a file (the SHA-256 of the model
+file is left aside, as its load is). A page is a picture, or --tokens of text (Python source). What is compared is
+measured in one run, alternately; ratios are medians of the rounds' ratios with their quartiles. `memory` opens pages
+one after the other and takes what they add to the process's own memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_kv import markdown, ratio, resident
+
+from edge_shiftkv import Runtime, Session
+from edge_shiftkv.session_file import file_hash
+
+QUESTIONS = ("What is the first line about?", "Which number is the largest?")
+MIB = 1 << 20
+
+Row = dict[str, Any]
+
+
+def page_of(arguments: argparse.Namespace, runtime: Runtime, variant: int = 0) -> dict[str, Any]:
+    """What a session is about."""
+    if arguments.image:
+        return {"images": [arguments.image]}
+    source = "\n".join(Path(module).read_text() for module in (argparse.__file__, tempfile.__file__))
+    tokens = runtime.engine.model.tokenize(source[variant:])[: arguments.tokens]
+    return {"text": b"".join(map(runtime.engine.model.piece, tokens)).decode(errors="ignore")}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """What a call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def ask(arguments: argparse.Namespace) -> list[Row]:
+    """The time to the first token."""
+    times: dict[str, list[float]] = {
+        name: [] for name in ("generate", "first", "second", "after a cut", "from a file", "save")
+    }
+    sizes: list[float] = []
+    with (
+        Runtime(arguments.model, arguments.mmproj, kv_budget=arguments.budget, n_threads=arguments.threads) as runtime,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        page = page_of(arguments, runtime)
+        images, text = page.get("images", ()), page.get("text", "")
+        path = Path(folder) / "page.kv"
+        for file in filter(None, (arguments.model, arguments.mmproj)):
+            file_hash(file)
+
+        prompts = [f"{text}\n{question}" if text else question for question in QUESTIONS]
+
+        def one(session: Session, question: str) -> Callable[[], object]:
+            return lambda: session.ask(question, max_tokens=1)
+
+        for i in range(-1, arguments.rounds):  # the first one to warm up
+            found = {"generate": seconds(lambda: runtime.generate(prompts[0], images, max_tokens=1))}
+            started = time.perf_counter()
+            with runtime.session(**page) as session:
+                session.ask(QUESTIONS[0], max_tokens=1)
+                found["first"] = time.perf_counter() - started
+                found["second"] = seconds(one(session, QUESTIONS[1]))
+                session.cut(arguments.cut)
+                session.ask(QUESTIONS[0], max_tokens=1)
+                found["after a cut"] = seconds(one(session, QUESTIONS[1]))
+                found["save"] = seconds(lambda: session.save(path))
+            started = time.perf_counter()
+            with runtime.load_session(path) as session:
+                session.ask(QUESTIONS[1], max_tokens=1)
+                found["from a file"] = time.perf_counter() - started
+            if i >= 0:
+                sizes.append(path.stat().st_size / MIB)
+                for name, value in found.items():
+                    times[name].append(value)
+        n_prompt = runtime.generate(prompts[0], images, max_tokens=1).figures.prompt_tokens
+    print(f"{n_prompt} tokens; budget of a question {arguments.budget}, of a cut {arguments.cut}; "
+          f"file of the cut page {np.median(sizes):.2f} MiB\n")  # fmt: skip
+    return [
+        {"Time to": name, "s": f"{np.median(values):.3f}", "Over the first question's": ratio(values, times["first"])}
+        for name, values in times.items()
+    ]
+
+
+def memory(arguments: argparse.Namespace) -> list[Row]:
+    """What open pages take, uncut and cut."""
+    rows: list[Row] = []
+    for cut in (None, arguments.cut):
+        with (
+            Runtime(arguments.model, arguments.mmproj, n_threads=arguments.threads) as runtime,
+            ExitStack() as pages,
+        ):
+            page = page_of(arguments, runtime)
+            with runtime.session(**page) as session:  # warm up
+                session.cut(arguments.cut)
+                session.ask(QUESTIONS[0], max_tokens=1)
+            _, before = resident()
+            for _ in range(arguments.pages):
+                session = pages.enter_context(runtime.session(**page))
+                if cut:
+                    session.cut(cut)
+            _, after = resident()
+        rows.append(
+            {
+                "Pages": arguments.pages,
+                "KV pairs kept": cut or "all",
+                "MiB": f"{(after - before) / MIB:.0f}",
+                "MiB a page": f"{(after - before) / MIB / arguments.pages:.1f}",
+            }
+        )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print what came out."""
+    parser = argparse.ArgumentParser(description="Measure what sessions save.")
+    commands = parser.add_subparsers(required=True)
+    for function in (ask, memory):
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.set_defaults(function=function)
+        command.add_argument("-m", "--model", type=Path, required=True, metavar="GGUF")
+        command.add_argument("--mmproj", type=Path, metavar="GGUF")
+        command.add_argument("--image", type=Path)
+        command.add_argument("--tokens", type=int, default=1024, help="of a page of text (1024)")
+        command.add_argument("--budget", type=int, default=256, help="of a question (256)")
+        command.add_argument("--cut", type=int, default=64, help="KV pairs a cut keeps (64)")
+        command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
+        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--pages", type=int, default=20, help="that are open (20)")
+    options = parser.parse_args(arguments)
+    print(markdown(options.function(options)))
+
+
+if __name__ == "__main__":
+    main()
