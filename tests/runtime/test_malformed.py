@@ -12,6 +12,9 @@ import pytest
 from support import gguf_random, tiny_models
 from support.gguf_random import Spec
 
+from edge_shiftkv import ModelError
+from edge_shiftkv.native.gguf_check import check_mmproj
+
 pytest.importorskip("resource", reason="the fuzzer limits its workers' memory, which needs POSIX")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -217,6 +220,44 @@ def test_a_damaged_mmproj(worker, folder, projector, damage, expected, request):
     file.lay_out()
     path.write_bytes(file.write())
     assert_outcome(worker(f"files:{text}:{path}"), expected)
+
+
+def pinpoints(*sides: int) -> Damage:
+    return put(f"{VISION}image_grid_pinpoints", ARRAY, list(sides), 5)
+
+
+def with_class_embedding(file: File) -> None:
+    first = file.tensors[0]
+    file.tensors.append(Tensor(b"v.class_embd", [32], TYPES.F32, first.offset, 128))
+
+
+def yi_projector(file: File) -> None:
+    """What tells Yi's projector from LLaVA's, but not all of it."""
+    tensor(file, "mm.2.weight").name = b"mm.3.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (put(f"{VISION}block_count", UINT32, 513), "at most 512 layers"),
+        (put(f"{VISION}patch_size", UINT32, 0), "patch_size is 0"),
+        (put("clip.projector_type", STRING, b"resampler"), "16 position embeddings for 4900 patches"),
+        (with_class_embedding, "16 position embeddings for 17 patches"),
+        (yi_projector, "last layer is missing"),
+        (pinpoints(56, -56), "sides of -56 to 56 pixels"),
+        (pinpoints(56 * 17, 56 * 17), "more than 256 tiles"),
+        (pinpoints(*[56] * 1026), "1026 numbers"),
+    ],
+)
+def test_what_no_mmproj_says(tmp_path, damage, message):
+    path = tiny_models.write_mmproj(tmp_path / "mmproj.gguf")
+    check_mmproj(path)
+    file = parse(path.read_bytes())
+    damage(file)
+    file.lay_out()
+    path.write_bytes(file.write())
+    with pytest.raises(ModelError, match=message):
+        check_mmproj(path)
 
 
 def test_an_mmproj_in_bfloat16(worker, folder):

