@@ -19,7 +19,9 @@ from edge_shiftkv.sampling import Sampler, Sampling
 from edge_shiftkv.speculative import loop
 from edge_shiftkv.speculative.bridge import Bridge
 from edge_shiftkv.speculative.options import DraftOptions
-from edge_shiftkv.speculative.records import Proposal, verify
+from edge_shiftkv.speculative.records import Proposal
+from edge_shiftkv.speculative.rules import TokenTiming
+from edge_shiftkv.speculative.verify import verify
 
 UNFILTERED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -184,7 +186,7 @@ def test_a_proposed_token_is_taken_or_replaced_by_one_of_the_others(proposed, q)
     first, second = np.zeros(4), np.zeros(4)
     for seed in range(n):
         sampler = Sampler(model, Sampling(temperature=1.0, seed=seed, **UNFILTERED))
-        drawn = verify(outputs, sampler, Proposal([proposed], [q]), "tokentiming", lambda _: False)
+        drawn = verify(outputs, sampler, Proposal([proposed], [q]), TokenTiming(), lambda _: False)
         first[drawn[0]] += 1
         assert len(drawn) == (2 if drawn[0] == proposed else 1)
         if len(drawn) == 2:
@@ -209,6 +211,6 @@ def test_a_replacement_is_filtered_as_any_token_is():
     for seed in range(300):
         sampler = Sampler(model, Sampling(temperature=1.0, seed=seed, top_k=3, top_p=1.0, min_p=0.0))
         # Token 3 is not among the three most likely: it cannot be taken, whatever the draft says.
-        drawn.add(verify(outputs, sampler, Proposal([3], [0.01]), "tokentiming", lambda _: False)[0])
+        drawn.add(verify(outputs, sampler, Proposal([3], [0.01]), TokenTiming(), lambda _: False)[0])
         sampler.close()
     assert drawn == {0, 1, 2}
