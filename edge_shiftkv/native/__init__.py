@@ -13,7 +13,7 @@ try:
 except (ImportError, OSError, RuntimeError) as error:  # not installed, or without its shared libraries
     raise ImportError(f"{_HINT} ({error})") from error
 
-if not hasattr(_llama_cpp._lib, "llama_shiftkv_select_scores"):
+if not hasattr(_llama_cpp._lib, "llama_shiftkv_asserts_throw"):
     raise ImportError(f"{_HINT} (the llama-cpp-python installed here is the stock one, or of an older edge_shiftkv)")
 
 from edge_shiftkv.native import logs  # noqa: E402  (after the check: it takes the library's log over)

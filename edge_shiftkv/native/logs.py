@@ -27,11 +27,12 @@ _CONTINUES = 5
 
 _recent_errors: deque[str] = deque(maxlen=8)
 _callback: Any = None  # ctypes keeps no reference to what C calls back
+_asserts_throw: Any = None  # llama_shiftkv_asserts_throw
 
 
 def redirect(llama_cpp: ModuleType, mtmd_cpp: ModuleType) -> None:
     """Send the log of llama.cpp, ggml and mtmd to `logger`."""
-    global _callback
+    global _callback, _asserts_throw
     level = logging.DEBUG
 
     def receive(ggml_level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
@@ -45,6 +46,9 @@ def redirect(llama_cpp: ModuleType, mtmd_cpp: ModuleType) -> None:
             _recent_errors.append(line)
         logger.log(level, "%s", line)
 
+    _asserts_throw = llama_cpp._lib.llama_shiftkv_asserts_throw
+    _asserts_throw.argtypes = [ctypes.c_bool]
+    _asserts_throw.restype = ctypes.c_bool
     _callback = llama_cpp.llama_log_callback(receive)
     llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
     mtmd_cpp.mtmd_helper_log_set(_callback, ctypes.c_void_p(0))
@@ -54,17 +58,28 @@ def redirect(llama_cpp: ModuleType, mtmd_cpp: ModuleType) -> None:
 def native_call() -> Iterator[deque[str]]:
     """Surround calls into llama.cpp that may log; yields the error lines they log.
 
-    Ctrl-C is held back until the end: raised inside the log callback, a KeyboardInterrupt would be lost in C.
+    Ctrl-C is held back until the end: raised inside the log callback, a KeyboardInterrupt would be lost in C. An
+    assertion of llama.cpp that fails ends the call with an error where llama.cpp handles errors, not the process.
     """
     _recent_errors.clear()
+    before = _asserts_throw(True)
+    try:
+        with _interrupts_held():
+            yield _recent_errors
+    finally:
+        _asserts_throw(before)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield _recent_errors
+        yield
         return
     held: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
     try:
-        yield _recent_errors
+        yield
     finally:
         signal.signal(signal.SIGINT, previous)
         if held:

@@ -169,6 +169,11 @@ LLAMA_API int32_t llama_shiftkv_get_keys   (struct llama_context * ctx, int32_t 
 // Bytes that a context's KV cache occupies, used or not. Errors: ARGUMENT, UNSUPPORTED.
 LLAMA_API int64_t llama_shiftkv_cache_size(struct llama_context * ctx);
 
+// Whether an assertion of llama.cpp that fails in the calling thread throws std::runtime_error instead of ending the process. Loading a
+// model or an mmproj, making a context, tokenizing, encoding an image and decoding catch it and return their error; kernels still abort.
+// Returns what it was before.
+LLAMA_API bool llama_shiftkv_asserts_throw(bool on);
+
 #ifdef __cplusplus
 }
 #endif
