@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from edge_shiftkv.errors import ModelError, PromptError, ShiftKVError
 from edge_shiftkv.native import logs
+from edge_shiftkv.native.gguf_check import check_model
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20}
 """The types a KV cache can be stored in: llama.cpp's names and enum ggml_type."""
@@ -29,7 +30,7 @@ class Model:
     """
 
     def __init__(self, path: Path, n_gpu_layers: int, *, vocab_only: bool = False) -> None:
-        check_gguf(path)
+        check_model(path)
         params = llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.vocab_only = vocab_only
@@ -265,17 +266,6 @@ class Context:
         output: counts tokens with logits, from the last one backwards: -1, -2, ...
         """
         return np.ctypeslib.as_array(llama.llama_get_logits_ith(self.pointer, output), (self._n_vocab,))
-
-
-def check_gguf(path: Path) -> None:
-    """Raise ModelError unless `path` is a file that starts as GGUF files do."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}") from error
-    if magic != b"GGUF":
-        raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r})")
 
 
 def usable_cpus() -> int:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from edge_shiftkv.errors import ImageError, ModelError, PromptError, ShiftKVError
 from edge_shiftkv.native import logs
-from edge_shiftkv.native.llama import Context, Model, check_gguf
+from edge_shiftkv.native.gguf_check import check_mmproj
+from edge_shiftkv.native.llama import Context, Model
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Projector:
     """
 
     def __init__(self, path: Path, model: Model, *, use_gpu: bool, n_threads: int) -> None:
-        check_gguf(path)
+        check_mmproj(path)
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = use_gpu
         params.n_threads = n_threads
