@@ -60,7 +60,7 @@ have to match; each expression at least one, all of which the backend has to sup
 
 NO_OPERATIONS = re.compile(
     r"backend_.*|new_tensor(_\dd)?|view_\dd|reshape_\dd|permute|transpose|set_(input|output)|prec_set_acc|build_forward_expand"
-    r"|set_abort_callback|print_backtrace"
+    r"|set_abort_callback|print_backtrace|time_us"
     r"|init|tensor_overhead|format_name|op_name|get_unary_op|is_contiguous|nbytes|nelements|get_type_traits|row_size|type_size|blck_size"
 )
 

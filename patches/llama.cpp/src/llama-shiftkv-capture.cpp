@@ -451,10 +451,18 @@ int32_t llama_shiftkv_prefill::collect(std::vector<llama_shiftkv_cache::cell> & 
     }
     // a last token that was moved has its query at another distance from the keys
     const uint32_t last = cells.back().idx;
-    if (ord(last) < 0 || cells.back().pos != cell_written[cache.offset(seq_id) + last].pos || ring_rows({ last }, 1).empty()) {
+    if (ord(last) < 0 || cells.back().pos != cell_written[cache.offset(seq_id) + last].pos) {
         return LLAMA_SHIFTKV_ERR_STALE;
     }
     return LLAMA_SHIFTKV_OK;
+}
+
+int32_t llama_shiftkv_prefill::collect_with_query(std::vector<llama_shiftkv_cache::cell> & cells) const {
+    const int32_t status = collect(cells);
+    if (status == LLAMA_SHIFTKV_OK && ring_rows({ cells.back().idx }, 1).empty()) {
+        return LLAMA_SHIFTKV_ERR_STALE;
+    }
+    return status;
 }
 
 void llama_shiftkv_prefill::get_stats(const llama_shiftkv_layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const {

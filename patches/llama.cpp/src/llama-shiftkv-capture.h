@@ -54,6 +54,9 @@ struct llama_shiftkv_prefill {
     // the cells of the captured sequence in the order of its tokens
     int32_t collect(std::vector<llama_shiftkv_cache::cell> & cells) const;
 
+    // the same while the capture is on: STALE also if the last one's query is gone
+    int32_t collect_with_query(std::vector<llama_shiftkv_cache::cell> & cells) const;
+
     // mean and standard deviation of the hidden state over the last tokens, n_stat at most
     void get_stats(const llama_shiftkv_layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const;
 

@@ -68,7 +68,7 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float *
     const auto & layers = capture.layers;
 
     std::vector<llama_shiftkv_cache::cell> cells;
-    int32_t status = capture.collect(cells);
+    int32_t status = capture.collect_with_query(cells);
     if (status != LLAMA_SHIFTKV_OK) {
         selected = false;
         sel = {};

@@ -254,7 +254,7 @@ static int32_t get_captured(const char * name, llama_context * ctx, int32_t il, 
         ctx->synchronize();
 
         std::vector<llama_shiftkv_cache::cell> captured;
-        const int32_t status = skv->capture.collect(captured);
+        const int32_t status = skv->capture.collect_with_query(captured);
         if (status != LLAMA_SHIFTKV_OK) {
             return status;
         }
