@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from PIL import Image
 
-from edge_shiftkv import openai, session_file
+from edge_shiftkv import chat_schema, session_file
 from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
 from edge_shiftkv.engine.engine import Engine, KeptContext, Progress
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
@@ -21,7 +21,7 @@ from edge_shiftkv.errors import PromptError, SettingError
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import AllowHttp, ImageSource, load_image
-from edge_shiftkv.prompts.messages import Message, parse_messages
+from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
 from edge_shiftkv.results import Completion
@@ -287,13 +287,15 @@ class Runtime:
 
         Raises what `generate` raises, and PromptError for messages that are not in the schema.
         """
-        conversation = Conversation(parse_messages(messages, allow_http=self._allow_http, image_root=self._image_root))
+        conversation = Conversation(
+            chat_schema.parse_messages(messages, allow_http=self._allow_http, image_root=self._image_root)
+        )
         answer = self._stream(conversation, options)
         if stream:
-            return openai.chunks(answer, model=str(self._path))
+            return chat_schema.chunks(answer, model=str(self._path))
         for _ in answer:
             pass
-        return openai.completion(answer.completion, model=str(self._path))
+        return chat_schema.completion(answer.completion, model=str(self._path))
 
     def _load(self, images: Sequence[ImageSource]) -> list[Image.Image]:
         return [load_image(image, allow_http=self._allow_http, image_root=self._image_root) for image in images]

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 from edge_shiftkv import ImageError
+from edge_shiftkv.chat_schema import parse_messages
 from edge_shiftkv.prompts import fetch as fetching
 from edge_shiftkv.prompts import images
 from edge_shiftkv.prompts.images import MAX_PIXELS, load_image
-from edge_shiftkv.prompts.messages import parse_messages
 
 
 @pytest.fixture

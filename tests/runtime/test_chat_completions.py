@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from edge_shiftkv import PromptError, ShiftKVError, openai
+from edge_shiftkv import PromptError, ShiftKVError, chat_schema
 
 TEXT = {"type": "text", "text": "What is on it?"}
 
@@ -111,7 +111,7 @@ def test_what_is_not_in_the_schema_is_refused(runtime, messages, message, stream
 def test_an_abandoned_stream_is_ended(runtime, n_chunks):
     """Not only forgotten: something else may still hold the stream, and with it what the answer needs."""
     stream = runtime.stream("Hello", max_tokens=16)
-    chunks = openai.chunks(stream, model="a model")
+    chunks = chat_schema.chunks(stream, model="a model")
     for _ in range(n_chunks):
         next(chunks)
     chunks.close()
@@ -122,7 +122,7 @@ def test_an_abandoned_stream_is_ended(runtime, n_chunks):
 
 def test_a_stream_that_fails_is_ended(runtime, monkeypatch):
     stream = runtime.stream("Hello", max_tokens=16)
-    chunks = openai.chunks(stream, model="a model")
+    chunks = chat_schema.chunks(stream, model="a model")
     next(chunks)
     with monkeypatch.context() as patch:
         patch.setattr("edge_shiftkv.engine.slot.Slot.advance", lambda *_: 1 / 0)
