@@ -50,3 +50,26 @@ def test_the_help_does_without_it(python):
 def test_the_builder_starts(python):
     result = python("-m", "edge_shiftkv", "build", "--help")
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_what_needs_no_library_is_there_without_it(python):
+    result = python(
+        "-c", "import edge_shiftkv as e; print(e.__version__, e.ShiftKVError.__name__, 'Runtime' in dir(e))"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split()[1:] == ["ShiftKVError", "True"]
+
+
+def test_every_exported_name_is_there():
+    import edge_shiftkv
+
+    for name in edge_shiftkv.__all__:
+        assert getattr(edge_shiftkv, name).__module__ if name != "METHODS" else edge_shiftkv.METHODS
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = edge_shiftkv.Nothing
+
+
+def test_type_checkers_are_told():
+    from importlib.resources import files
+
+    assert (files("edge_shiftkv") / "py.typed").is_file()
