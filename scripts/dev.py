@@ -65,7 +65,7 @@ def demo(arguments: Sequence[str]) -> None:
     make_environment()
     build()
     pip("install", "--editable", ".")
-    python("-m", "edge_shiftkv_cli", "demo", *arguments)
+    python("-m", "edge_shiftkv", "demo", *arguments)
 
 
 def test(arguments: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ def make_environment() -> None:
 
 def build(*options: str) -> None:
     """Run ``edge-shiftkv build`` from the checkout."""
-    python("edge_shiftkv_cli.py", "build", *options)
+    python("-m", "edge_shiftkv", "build", *options)
 
 
 def build_library(name: str, *options: str) -> Path:

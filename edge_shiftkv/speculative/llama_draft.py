@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from edge_shiftkv.native.llama import Model, usable_cpus
 from edge_shiftkv.speculative.draft import Draft
 from edge_shiftkv.speculative.options import MOST_DRAFTED, DraftOptions
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _ROOM = 512  # tokens of an answer after which the draft model may have to read again
 
 
@@ -27,7 +31,8 @@ class LlamaDraft(LlamaDraftModel):
 
     The draft model reads the text of the target's tokens, with the control tokens that both models know by the same
     name. It takes its most likely tokens; `Llama` accepts those that it draws, too. Temperature 0 gets most of it.
-    With any draft_model, `Llama` needs an n_batch of at least its n_ctx, or logits_all=True.
+    With any draft_model, `Llama` needs an n_batch of at least its n_ctx, or logits_all=True. A context manager; `close`
+    frees the draft model.
 
     draft: path of the draft model's GGUF file.
     target: path of the GGUF file that `Llama` loads; only its vocabulary is read.
@@ -65,6 +70,14 @@ class LlamaDraft(LlamaDraftModel):
     def close(self) -> None:
         """Free the draft model."""
         self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         """Propose tokens of the target that continue `input_ids`, its tokens so far; both are [n]."""

@@ -216,7 +216,7 @@ def test_patches_apply_in_name_order_and_several_hunks_at_once() -> None:
 def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
     environment |= {"PATH": "", "EDGE_SHIFTKV_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "edge_shiftkv_cli", "build"]
+    command = [sys.executable, "-m", "edge_shiftkv", "build"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("edge-shiftkv build: no C compiler found (looked for cc, gcc, clang)")
@@ -227,7 +227,7 @@ def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
 def test_the_build_command_works_without_llama_cpp(tmp_path: Path) -> None:
     (tmp_path / "llama_cpp.py").write_text("raise ImportError('no library yet')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "edge_shiftkv_cli", "build", "--help"]
+    command = [sys.executable, "-m", "edge_shiftkv", "build", "--help"]
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
 
 

@@ -125,7 +125,7 @@ def test_ctrl_c_ends_without_a_traceback(run, monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["--json"], ["--stats"]], ids=["text", "json", "stats"])
 def test_a_reader_that_has_had_enough(tiny, arguments):
     """As `| head -c 0` does: no traceback, and the exit status of other tools."""
-    command = [sys.executable, "-m", "edge_shiftkv_cli", "run", "-m", str(tiny.text), "--threads", "1", "-n", "200"]
+    command = [sys.executable, "-m", "edge_shiftkv", "run", "-m", str(tiny.text), "--threads", "1", "-n", "200"]
     read, write = os.pipe()
     os.close(read)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
