@@ -53,7 +53,7 @@ CASES = (
     "test_handover.py::test_images_and_windows[512-gemma2]",
     # Decoding on what was moved, and selecting from it again.
     "test_decoding.py::test_like_a_mask_per_head[gqa-f16--small]",
-    "test_decoding.py::test_like_a_mask_per_head[gqa-f16-flash-in-place]",
+    "test_decoding.py::test_like_a_mask_per_head[gqa-f16--in-place]",
     "test_multi_turn.py::test_second_turn[llama-in-place]",
     "test_multi_turn.py::test_second_turn[gemma3-small]",
 )

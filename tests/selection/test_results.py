@@ -98,9 +98,13 @@ def test_a_tiled_picture_has_a_span_for_each_tile(tiny):
 def test_grids_have_the_shape_of_their_picture(size, grid):
     """Twelve tokens whose rows mtmd does not tell, between text; and a picture whose rows it does."""
     pictures = [Image.new("RGB", size), Image.new("RGB", size)]
-    chunks = [TextChunk([1, 2]), ImageChunk(0, 12, 12, 1, 0), ImageChunk(1, 8, 4, 2, 0), TextChunk([3])]
+    chunks = [TextChunk([1, 9]), ImageChunk(0, 12, 12, 1, 0), ImageChunk(1, 8, 4, 2, 0), TextChunk([9])]
     projector = SimpleNamespace(tokenize=lambda parts: SimpleNamespace(items=chunks, close=lambda: None))
-    prompt = Prompt([Text("x"), *pictures, Text("y")], None, projector)
+    # Token 9 stands in for the text around the pictures.
+    model = SimpleNamespace(control_tokens={}, tokenize=lambda text: {"x": [7], "y": [8]}.get(text, [9]))
+    prompt = Prompt([Text("x"), *pictures, Text("y")], model, projector)
+    assert prompt.items[:2] == [1, 7]
+    assert prompt.items[-1] == 8
     assert prompt.image_spans == [ImageSpan(0, 2, 14, *grid), ImageSpan(1, 14, 22, 4, 2)]
     assert (prompt.n_tokens, prompt.n_image_tokens) == (23, 20)
 

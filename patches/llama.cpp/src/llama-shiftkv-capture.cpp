@@ -235,7 +235,7 @@ void llama_shiftkv_prefill::end() {
 
     ctx.lctx.synchronize();
     ctx.drop_graph();
-    ctx.reserve_later(); // without the nodes that capture, and what the selection needed
+    ctx.give_back_later(); // without the nodes that capture, and what the selection needed
 
     n_query = 0;
     error.clear();

@@ -3,17 +3,26 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 
+#include <algorithm>
+
 void llama_shiftkv_context::drop_graph() {
     lctx.gf_res_prev_active = nullptr;
 }
 
 void llama_shiftkv_context::reserve() {
-    reserve_later();
+    lctx.sched_need_reserve = true;
     lctx.sched_reserve();
 }
 
-void llama_shiftkv_context::reserve_later() {
-    lctx.sched_need_reserve = true;
+void llama_shiftkv_context::give_back_later() {
+    // Mesa's software Vulkan (22.3) crashes when the buffers of a backend that goes on computing are replaced: devices keep them
+    const bool host = std::all_of(lctx.backends.begin(), lctx.backends.end(), [](const auto & backend) {
+        const auto type = ggml_backend_dev_type(ggml_backend_get_device(backend.get()));
+        return type == GGML_BACKEND_DEVICE_TYPE_CPU || type == GGML_BACKEND_DEVICE_TYPE_ACCEL;
+    });
+    if (host) {
+        lctx.sched_need_reserve = true;
+    }
 }
 
 void llama_shiftkv_context::update() {

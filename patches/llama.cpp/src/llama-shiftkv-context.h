@@ -13,9 +13,11 @@ struct llama_shiftkv_context {
     // let the next decode build its graph anew
     void drop_graph();
 
-    // lay the compute buffers out for the worst case: now, or before the next decode. throws as llama_context does
+    // lay the compute buffers out for the worst case. throws as llama_context does
     void reserve();
-    void reserve_later();
+
+    // the same before the next decode, without what is not needed any more; on the CPU only
+    void give_back_later();
 
     // wait for what runs, and apply what is pending in the memory (shifts, copies)
     void update();
