@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from PIL import Image
 
 from edge_shiftkv import chat_schema, session_file
 from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
+from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.engine import Engine, KeptContext, Progress
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
 from edge_shiftkv.errors import PromptError, SettingError
@@ -32,10 +32,10 @@ from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 
-class Runtime:
+class Runtime(Closing):
     """A model, optionally with its vision encoder, that answers requests one at a time.
 
     Weights are loaded once. A prompt longer than `kv_budget` is read in a context of its own size, what the selection
@@ -166,14 +166,6 @@ class Runtime:
 
     def __reduce__(self) -> Any:
         raise TypeError("a runtime cannot be pickled: make one in the process that uses it")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def generate(
         self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False, **options: Unpack[Options]

@@ -9,11 +9,11 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edge_shiftkv import session_file
 from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin, cut, too_long
+from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, Prefilled, ScoringMethod
 from edge_shiftkv.errors import CancelledError, ClosedError, PromptError, SessionError, SettingError, ShiftKVError
 from edge_shiftkv.native.llama import Context
@@ -29,7 +29,7 @@ from edge_shiftkv.speculative.loop import Drafting
 from edge_shiftkv.stream import Stream
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 _ROOM = 1024  # tokens for a question and its answer in the context that holds what they are about
 _SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
@@ -37,7 +37,7 @@ _QUESTIONS = ("A", "1")  # where their prompts differ, a question begins
 _STEP = 256  # contexts have a multiple of it
 
 
-class Session:
+class Session(Closing):
     """What was read once: `Runtime.session` makes it.
 
     Each `ask` is a question of its own about the same: it goes on from the uncut prompt, and gets its own cut. `reply`
@@ -125,14 +125,6 @@ class Session:
         for context in (small, base and base.context):
             if context:
                 context.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _stream(self, messages: list[Message], read: Callable[[Any, Beginning], Begun], options: Options) -> Stream:
         if self._closed:

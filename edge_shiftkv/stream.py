@@ -6,14 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING
 
+from edge_shiftkv.closing import Closing
 from edge_shiftkv.errors import BusyError, ClosedError, ShiftKVError
 from edge_shiftkv.results import Completion
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _POLL_S = 0.002
 
@@ -49,7 +45,7 @@ class Turn:
                 del self._holder[""]
 
 
-class Stream:
+class Stream(Closing):
     """An answer as it is written: an iterator over pieces of text.
 
     Closing it, or starting another request in the same runtime, ends it early. So does `cancel`, from any thread:
@@ -94,14 +90,6 @@ class Stream:
             return
         with self._turn.taken(wait=self.cancel):
             self._steps.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def supersede(self) -> None:
         """End the answer because its runtime goes on to something else; to be called in turn."""

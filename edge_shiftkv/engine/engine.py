@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
+from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, Prefilled, prefill_batch
 from edge_shiftkv.errors import SettingError
 from edge_shiftkv.native.calls import Interrupt
@@ -19,15 +18,11 @@ from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-
 Progress = Callable[[str, int, int], None]
 """Is told what goes on, how much of it is done, and of how much."""
 
 
-class Engine:
+class Engine(Closing):
     """A model with its vision encoder and chat template, and the contexts that it reads and writes in.
 
     A context manager; `close` frees the files. Contexts made here have to be closed before.
@@ -79,14 +74,6 @@ class Engine:
     def close(self) -> None:
         """Free everything; a second call does nothing."""
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def prompt(self, conversation: Conversation | Sequence[Message]) -> Prompt:
         """The tokens that a conversation is for this model. Raises PromptError when its template refuses it."""

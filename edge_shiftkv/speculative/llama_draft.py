@@ -9,24 +9,21 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_speculative import LlamaDraftModel
 
+from edge_shiftkv.closing import Closing
 from edge_shiftkv.native.llama import Model, usable_cpus
 from edge_shiftkv.speculative.draft import Draft
 from edge_shiftkv.speculative.options import MOST_DRAFTED, DraftOptions
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 _ROOM = 512  # tokens of an answer after which the draft model may have to read again
 
 
-class LlamaDraft(LlamaDraftModel):
+class LlamaDraft(Closing, LlamaDraftModel):
     """Drafts with a GGUF model whose vocabulary may differ from the target's.
 
     The draft model reads the text of the target's tokens, with the control tokens that both models know by the same
@@ -70,14 +67,6 @@ class LlamaDraft(LlamaDraftModel):
     def close(self) -> None:
         """Free the draft model."""
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         """Propose tokens of the target that continue `input_ids`, its tokens so far; both are [n]."""
