@@ -80,13 +80,28 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def output(environment: dict[str, str], request: pytest.FixtureRequest) -> str:
-    """What pytest prints of all chosen cases, in one process: it takes the device seconds to compile the shaders."""
+    """What pytest prints of all chosen cases, in one process: it takes the device seconds to compile the shaders.
+
+    Mesa 22.3 now and then crashes in its device's own thread, also in a plain prefill. The cases that did not end for it
+    run again, three times at most: what is wrong in this library would end the process again. A case that fails is not
+    repeated.
+    """
     items = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
-    chosen = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
-    command += [f"{TESTS / 'native'}/{case}" for case in chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
-    return done.stdout + done.stderr
+    left = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
+    printed = ""
+    for _ in range(4):
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+        command += [f"{TESTS / 'native'}/{case}" for case in left]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+        printed += done.stdout + done.stderr
+        left = [case for case in left if not _ended(case, done.stdout)]
+        if not left or done.returncode >= 0:
+            break
+    return printed
+
+
+def _ended(case: str, output: str) -> bool:
+    return re.search(rf"^tests/native/{re.escape(case)} (PASSED|FAILED|ERROR)", output, re.MULTILINE) is not None
 
 
 def test_there_is_a_device(environment: dict[str, str]) -> None:
