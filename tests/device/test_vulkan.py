@@ -82,9 +82,8 @@ def environment() -> dict[str, str]:
 def output(environment: dict[str, str], request: pytest.FixtureRequest) -> str:
     """What pytest prints of all chosen cases, in one process: it takes the device seconds to compile the shaders.
 
-    Mesa 22.3 now and then crashes in its device's own thread, also in a plain prefill. The cases that did not end for it
-    run again, three times at most: what is wrong in this library would end the process again. A case that fails is not
-    repeated.
+    Mesa 22.3 now and then crashes in its device's own thread, also in a plain prefill. The cases that did not end run
+    again, three times at most: what is wrong in this library would end them again. A case that fails is not repeated.
     """
     items = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
     left = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
