@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _ROOM = 1024  # tokens for a question and its answer in the context that holds what they are about
+_CUT_ROOM = 192  # the same for what was cut, of which many may be open; it grows when it has to
 _SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
 _QUESTIONS = ("A", "1")  # where their prompts differ, a question begins
 _STEP = 256  # contexts have a multiple of it
@@ -160,7 +161,7 @@ class Session(Closing):
         """Hold what a file had. Raises SessionError."""
         engine = self._requests.engine
         n_cells = saved.held.after[-1][0] - saved.held.n_dropped
-        context = engine.context(_rounded(n_cells + _ROOM), n_outputs=Drafting.n_pass)
+        context = engine.context(_rounded(n_cells + _CUT_ROOM), n_outputs=Drafting.n_pass)
         try:
             context.load_state(saved.state)
             self._base = Prefilled.of(context, engine.projector, saved.held)
@@ -276,7 +277,7 @@ class Session(Closing):
             raise SettingError(f"kv_budget is {budget}: what was read has only {base.n_tokens} tokens")
         selection = base.select(method, n_kept)
         window = min(base.context.model.window, base.n_tokens)
-        context = self._new(max(n_kept, window) + _ROOM, BATCH, Drafting.n_pass)
+        context = self._new(max(n_kept, window) + _CUT_ROOM, BATCH, Drafting.n_pass)
         try:
             self._base = base.handed_over(context)
         except BaseException:
