@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +160,7 @@ class Session(Closing):
         """Hold what a file had. Raises SessionError."""
         engine = self._requests.engine
         n_cells = saved.held.after[-1][0] - saved.held.n_dropped
-        context = engine.context(_rounded(n_cells + _CUT_ROOM), n_outputs=Drafting.n_pass)
+        context = self._new(n_cells + _CUT_ROOM, BATCH)
         try:
             context.load_state(saved.state)
             self._base = Prefilled.of(context, engine.projector, saved.held)
@@ -183,23 +182,24 @@ class Session(Closing):
             if fits and (self._is_fixed or self._n_query >= n_query):
                 return base
             if self._is_fixed:
-                self._base = base.moved(engine.context(_rounded(n_ctx), base.context.n_batch))
+                self._base = base.moved(self._new(n_ctx, base.context.n_batch))
                 base.context.close()
                 return self._base
             self._base = None
             base.context.close()
         conversations = [Conversation(self._asked(question)) for question in _QUESTIONS]
-        with closing(engine.prompt(conversations[0])) as prompt, closing(engine.prompt(conversations[1])) as other:
-            pairs = zip(prompt.items, other.items, strict=False)
+        parts, other_parts = (conversation.parts(engine.template) for conversation in conversations)
+        with closing(engine.prompt(conversations[0])) as prompt:
+            self._head = Head.of(prompt, parts, engine.model)
+            pairs = zip(prompt.items, Continued(self._head, other_parts, engine.model).items, strict=False)
             n = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt.items) - 1)
             n_ctx = max(n_tokens, prompt.n_tokens + _ROOM)
             if prompt.n_tokens >= self._requests.n_ctx:
                 raise too_long(prompt.n_tokens, self._requests.n_ctx)
-            context = engine.context(_rounded(n_ctx), engine.batch(prompt))
+            context = self._new(n_ctx, engine.batch(prompt))
             try:
                 base = self._captured(context, n_query)
                 base.read(prompt, self._requests.report, n_items=n)
-                self._head = Head.of(prompt, conversations[0].parts(engine.template), engine.model)
             except BaseException:
                 context.close()
                 raise
@@ -230,7 +230,7 @@ class Session(Closing):
             with closing(self._requests.engine.prompt(self._conversation)) as whole:
                 base.read(whole, self._requests.report, whole_batches=False)
         begun = begin(prompt, base, beginning, started)
-        return begun if budget is None else cut(begun, budget, beginning, partial(self._empty, beginning.n_pass))
+        return begun if budget is None else cut(begun, budget, beginning, self._empty)
 
     def _read_reply(self, prompt: AnyPrompt, beginning: Beginning) -> Begun:
         started = time.perf_counter()
@@ -239,28 +239,29 @@ class Session(Closing):
             return self._read_question(prompt, beginning)
         n_ctx = prompt.n_tokens - last.n_dropped + beginning.room
         if n_ctx > last.context.n_ctx:
-            last = last.moved(self._new(n_ctx, last.context.n_batch, beginning.n_pass))
+            last = last.moved(self._new(n_ctx, last.context.n_batch))
             if self._small:
                 self._small.close()
             self._small = last.context
         last.read(prompt, self._requests.report, whole_batches=False)
         return begin(prompt, last, beginning, started)
 
-    def _empty(self, n_pass: int, n_ctx: int) -> Context:
+    def _empty(self, n_ctx: int) -> Context:
         """The context for a cut answer, empty; it has room for a reply, too."""
         small, self._small = self._small, None
         n_ctx += _ROOM
-        if small and small.n_ctx >= n_ctx and small.n_outputs >= n_pass:
+        if small and small.n_ctx >= n_ctx:
             small.clear()
         else:
             if small:
                 small.close()
-            small = self._new(n_ctx, BATCH, n_pass)
+            small = self._new(n_ctx, BATCH)
         self._small = small
         return small
 
-    def _new(self, n_ctx: int, n_batch: int, n_pass: int) -> Context:
-        return self._requests.engine.context(_rounded(n_ctx), n_batch, n_outputs=n_pass)
+    def _new(self, n_ctx: int, n_batch: int) -> Context:
+        """A context that answers can be written in, with a draft or without: that may change while it is open."""
+        return self._requests.engine.context(_rounded(n_ctx), n_batch, n_outputs=Drafting.n_pass)
 
     @property
     def _is_fixed(self) -> bool:
@@ -277,7 +278,7 @@ class Session(Closing):
             raise SettingError(f"kv_budget is {budget}: what was read has only {base.n_tokens} tokens")
         selection = base.select(method, n_kept)
         window = min(base.context.model.window, base.n_tokens)
-        context = self._new(max(n_kept, window) + _CUT_ROOM, BATCH, Drafting.n_pass)
+        context = self._new(max(n_kept, window) + _CUT_ROOM, BATCH)
         try:
             self._base = base.handed_over(context)
         except BaseException:

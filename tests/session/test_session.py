@@ -12,6 +12,7 @@ from support.gguf_random import Spec, write_model
 from edge_shiftkv import (
     CancelledError,
     ClosedError,
+    DraftOptions,
     PromptError,
     Runtime,
     SessionError,
@@ -140,7 +141,8 @@ def test_a_reply_after_an_answer_that_failed_starts_from_the_page(tiny, monkeypa
 
 
 def test_budgets_methods_and_drafts_per_question(tiny):
-    with Runtime(tiny.text, tiny.mmproj, n_threads=1, draft=tiny.text) as runtime:
+    options = DraftOptions(n_draft=4)
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, draft=tiny.text, draft_options=options) as runtime:
         drafting, runtime.drafting = runtime.drafting, None
         expected = {}
         for budget, method in ((24, "mixed"), (40, "snapkv"), (None, None)):
@@ -154,6 +156,7 @@ def test_budgets_methods_and_drafts_per_question(tiny):
                     answer = page.ask(QUESTIONS[0], max_tokens=N, kv_budget=budget, kv_method=method)
                     assert answer.text == text
                     assert (answer.figures.draft is not None) == (drafts is not None)
+                    assert drafts is None or answer.figures.draft.drafted > 0
                     page.reply("Why?", max_tokens=N)
 
 
