@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 _SIGPIPE_STATUS = 141  # what a shell says of other tools that end so: 128 + SIGPIPE
@@ -63,53 +64,71 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "answer a prompt, with pictures, from a KV cache cut to a budget"
     parser = commands.add_parser("run", help=text, description=text)
-    parser.add_argument("-m", "--model", required=True, metavar="GGUF", help="the language model")
-    parser.add_argument("--mmproj", metavar="GGUF", help="its vision encoder and projector")
+    _add_model(parser)
     parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="a picture; repeatable")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
     parser.add_argument("--raw", action="store_true", help="continue the text, without the model's chat template")
-    parser.add_argument(
-        "--kv-budget", type=int, metavar="N", help="KV pairs kept of the prompt per layer and KV head (default: all)"
+    _add_sampling(parser)
+    parser.add_argument("--stats", action="store_true", help="print figures to stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    _add_heatmap(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What models are loaded, and how: `commands.settings.load_runtime` takes it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", required=True, metavar="GGUF", help="the language model")
+    group.add_argument("--mmproj", metavar="GGUF", help="its vision encoder and projector")
+    group.add_argument(
+        "--kv-budget",
+        type=_budget,
+        metavar="N",
+        help="KV pairs kept of the prompt per layer and KV head, or below 1 the share of it (default: all)",
     )
-    kv_method = parser.add_argument("--kv-method", metavar="NAME", help="how: mixed (default)%(others)s")
+    kv_method = group.add_argument("--kv-method", metavar="NAME", help="how: mixed (default)%(others)s")
     kv_method.others = _OtherMethods()  # type: ignore[attr-defined]
-    parser.add_argument(
-        "-c", "--n-ctx", type=int, metavar="N", help="prompt and answer together (default: the model's)"
-    )
-    parser.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: most likely token")
-    parser.add_argument("--top-k", type=int, default=40, metavar="K", help="default: 40")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default: 0.95")
-    parser.add_argument("--min-p", type=float, default=0.05, metavar="P", help="default: 0.05")
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of the draws at a temperature (default: another each time)"
-    )
-    parser.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="default: 1.0, which is off")
-    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
-    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
-    parser.add_argument("--type-k", default="f16", metavar="TYPE", help="how keys are stored: f16 (default), q8_0, ...")
-    parser.add_argument("--type-v", default="f16", metavar="TYPE", help="how values are stored")
-    parser.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (default: all)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument("--draft", metavar="GGUF", help="a smaller model of any vocabulary that drafts the answer")
-    parser.add_argument(
+    group.add_argument("-c", "--n-ctx", type=int, metavar="N", help="prompt and answer together (default: the model's)")
+    group.add_argument("--type-k", default="f16", metavar="TYPE", help="how keys are stored: f16 (default), q8_0, ...")
+    group.add_argument("--type-v", default="f16", metavar="TYPE", help="how values are stored")
+    group.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (default: all)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    group.add_argument("--draft", metavar="GGUF", help="a smaller model of any vocabulary that drafts the answer")
+    group.add_argument(
         "--draft-tokens", type=int, metavar="N", help="tokens drafted in each round (default: as many as pay)"
     )
-    parser.add_argument("--draft-rule", metavar="RULE", help="at a temperature: coupled (default) or tokentiming")
-    parser.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
-    parser.add_argument(
+    group.add_argument("--draft-rule", metavar="RULE", help="at a temperature: coupled (default) or tokentiming")
+    group.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
+    group.add_argument(
         "--allow-http",
         nargs="?",
         const="public",
         choices=("public", "private"),
         help="fetch pictures from http(s) addresses: public ones (default), or those of private networks, too",
     )
-    parser.add_argument("--image-root", type=Path, metavar="DIR", help="take pictures' paths from this folder only")
-    parser.add_argument("--stats", action="store_true", help="print figures to stderr")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
-    _add_heatmap(parser)
-    parser.set_defaults(run=_run)
+    group.add_argument("--image-root", type=Path, metavar="DIR", help="take pictures' paths from this folder only")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How answers are written: `commands.settings.request_options` takes it."""
+    group = parser.add_argument_group("answers")
+    group.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default: most likely token")
+    group.add_argument("--top-k", type=int, default=40, metavar="K", help="default: 40")
+    group.add_argument("--top-p", type=float, default=0.95, metavar="P", help="default: 0.95")
+    group.add_argument("--min-p", type=float, default=0.05, metavar="P", help="default: 0.05")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="of the draws at a temperature (default: another each time)"
+    )
+    group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="default: 1.0, which is off")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
+
+
+def _budget(text: str) -> int | float:
+    """A number of KV pairs, or a share."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -144,13 +163,13 @@ def _add_heatmap(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        from edge_shiftkv import commands
+        command = import_module(f"edge_shiftkv.commands.{arguments.command}")
         from edge_shiftkv.errors import ShiftKVError
     except ImportError as error:  # its message names the command that helps
         print(f"edge-shiftkv {arguments.command}: {error}", file=sys.stderr)
         return 1
     try:
-        {"run": commands.run, "demo": commands.demo}[arguments.command](arguments)
+        command.main(arguments)
     except ShiftKVError as error:
         print(f"edge-shiftkv {arguments.command}: {error}", file=sys.stderr)
         return 1

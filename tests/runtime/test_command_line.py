@@ -163,7 +163,7 @@ def test_demo_shows_both_caches(tiny, tmp_path, monkeypatch, capsys):
         (tiny.picture, "document.png"),
     ):
         shutil.copy(source, tmp_path / name)
-    monkeypatch.setattr("edge_shiftkv.commands.models_dir", lambda: tmp_path)
+    monkeypatch.setattr("edge_shiftkv.commands.demo.models_dir", lambda: tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["demo", "--kv-budget", "20", "--heatmap", str(tmp_path / "map.png")]) == 0
     out = capsys.readouterr().out
@@ -237,7 +237,7 @@ def asked(monkeypatch):
             raise AskedError(self.settings, {"prompt": prompt, **options})
 
     def call(*arguments):
-        monkeypatch.setattr("edge_shiftkv.commands.Runtime", Recorder)
+        monkeypatch.setattr("edge_shiftkv.commands.settings.Runtime", Recorder)
         with pytest.raises(AskedError) as recorded:
             cli.main(["run", "--model", "m.gguf", "--prompt", "x", *arguments])
         return recorded.value.args
@@ -274,7 +274,7 @@ def test_pictures_are_only_fetched_when_asked_for(monkeypatch):
         allowed.append((image, allow_http))
         raise ShiftKVError("not now")
 
-    monkeypatch.setattr("edge_shiftkv.commands.load_image", load)
+    monkeypatch.setattr("edge_shiftkv.commands.run.load_image", load)
     arguments = ["run", "-m", "m.gguf", "-p", "x", "--image", "http://example.org/a.png"]
     assert cli.main(arguments) == cli.main([*arguments, "--allow-http"]) == 1
     assert allowed == [("http://example.org/a.png", False), ("http://example.org/a.png", True)]

@@ -1,0 +1,57 @@
+"""Figures and heat maps, as the command line shows them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from edge_shiftkv.errors import ShiftKVError
+from edge_shiftkv.results import Completion, DraftFigures, Figures
+from edge_shiftkv.selection.heatmap import heatmap
+
+LABEL_WIDTH = 16
+
+
+def save_heatmap(answer: Completion, images: Sequence[Image.Image], path: Path) -> None:
+    """Draw what was kept. Raises ShiftKVError where nothing was cut or the file cannot be written."""
+    if answer.selection is None:
+        raise ShiftKVError("no heat map: the whole prompt is within the budget, nothing was cut")
+    try:
+        heatmap(answer.selection, images).save(path)
+    except (OSError, ValueError) as error:  # PIL raises ValueError for a suffix that it does not know
+        raise ShiftKVError(f"{path}: {error}") from error
+    print(f"heat map: {path}", file=sys.stderr)
+
+
+def figure_rows(figures: Figures) -> list[tuple[str, str]]:
+    """The figures as (label, text)."""
+    rate = "" if figures.tokens_per_second is None else f"{figures.tokens_per_second:.1f} tokens/s"
+    rows = [
+        ("prompt", f"{figures.prompt_tokens} tokens, {figures.image_tokens} visual"),
+        ("kept", f"{figures.kept_tokens} per layer and KV head"),
+        ("KV cache", f"{_mib(figures.kv_bytes_prompt)} -> {_mib(figures.kv_bytes_kept)}"),
+        ("vision encoder", f"{figures.image_encode_s:.3f} s"),
+        ("prefill", f"{figures.prefill_s:.3f} s with the encoder"),
+        ("selection", f"{figures.selection_s:.3f} s"),
+        ("decode", f"{figures.decode_s:.3f} s, {figures.generated_tokens} tokens"),
+        ("rate", rate),
+    ]
+    return rows + _draft_rows(figures.draft) if figures.draft else rows
+
+
+def _draft_rows(figures: DraftFigures) -> list[tuple[str, str]]:
+    per_pass = "" if figures.tokens_per_pass is None else f", {figures.tokens_per_pass:.2f} tokens each"
+    return [
+        ("rounds", f"{figures.rounds}, {figures.plain_rounds} of them without a draft{per_pass}"),
+        ("drafted", f"{figures.drafted} tokens, {figures.accepted} accepted"),
+        ("draft", f"{figures.draft_s:.3f} s"),
+        ("align", f"{figures.align_s:.3f} s"),
+        ("verify", f"{figures.verify_s:.3f} s"),
+    ]
+
+
+def _mib(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else f"{n_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,54 @@
+"""From the command line's arguments to a runtime and its requests."""
+
+from __future__ import annotations
+
+import argparse
+
+from edge_shiftkv.engine.engine import Progress
+from edge_shiftkv.prompts.images import AllowHttp
+from edge_shiftkv.request import Options
+from edge_shiftkv.runtime import Runtime
+from edge_shiftkv.speculative.options import DraftOptions
+
+
+def allow_http(arguments: argparse.Namespace) -> AllowHttp:
+    """Whether pictures may be fetched, as `Runtime` takes it."""
+    return "private" if arguments.allow_http == "private" else bool(arguments.allow_http)
+
+
+def load_runtime(arguments: argparse.Namespace, progress: Progress | None = None) -> Runtime:
+    """Load the models that the arguments name. Raises what `Runtime` does."""
+    return Runtime(
+        arguments.model,
+        arguments.mmproj,
+        kv_budget=arguments.kv_budget,
+        kv_method=arguments.kv_method,
+        n_ctx=arguments.n_ctx,
+        type_k=arguments.type_k,
+        type_v=arguments.type_v,
+        n_gpu_layers=arguments.gpu_layers,
+        n_threads=arguments.threads,
+        allow_http=allow_http(arguments),
+        image_root=arguments.image_root,
+        draft=arguments.draft,
+        draft_options=DraftOptions(
+            n_draft=arguments.draft_tokens, rule=arguments.draft_rule, mmproj=arguments.draft_mmproj
+        ),
+        progress=progress,
+    )
+
+
+def request_options(arguments: argparse.Namespace) -> Options:
+    """How answers are written."""
+    return Options(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        repeat_penalty=arguments.repeat_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        stop=arguments.stop,
+    )
