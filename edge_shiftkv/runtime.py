@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_STEP = 1024  # tokens that a context which stays grows by
+_SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
+
+
 class Runtime(Closing):
     """A model, optionally with its vision encoder, that answers requests one at a time.
 
@@ -55,6 +59,10 @@ class Runtime(Closing):
     type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
     n_threads: CPU threads; None takes all this process may use.
+    keep_prompt: whether the large context stays, too: a request that begins like the one before, as the next turn of a
+        conversation does, then only reads what is new. It costs the memory of a whole prompt's KV pairs. Without a
+        budget there is only one context, which stays in any case.
+    image_cache: MiB of pictures' embeddings that are kept, those used last: such a picture is not encoded again.
     allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses: True from public ones,
         "private" also from this machine's and private networks'.
     image_root: the folder that paths and ``file:`` URLs of pictures have to lead into, and relative ones start from;
@@ -80,6 +88,8 @@ class Runtime(Closing):
         type_v: str = "f16",
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
+        keep_prompt: bool = False,
+        image_cache: int = 64,
         allow_http: AllowHttp = False,
         image_root: str | os.PathLike[str] | None = None,
         draft: str | os.PathLike[str] | None = None,
@@ -101,6 +111,7 @@ class Runtime(Closing):
                     type_v=type_v,
                     n_gpu_layers=n_gpu_layers,
                     n_threads=n_threads,
+                    image_cache=image_cache,
                     progress=progress,
                 )
             )
@@ -111,7 +122,11 @@ class Runtime(Closing):
             self._requests = Requests(engine, n_ctx or engine.model.n_ctx_train, drafting, progress)
             self._kept = KeptContext(engine)
             resources.callback(self._kept.close)
-            self._prefilled: Prefilled | None = None
+            self._prefilled: Prefilled | None = None  # in the kept context, if it was not cut
+            self._keep_prompt = keep_prompt
+            self._large = KeptContext(engine)
+            resources.callback(self._large.close)
+            self._uncut: Prefilled | None = None  # in the large one
             sessions = self._sessions = weakref.WeakSet[Session]()
             resources.callback(_close_all, sessions)
             # Also when it is dropped without close(), and at the interpreter's exit.
@@ -316,9 +331,24 @@ class Runtime(Closing):
             self._prefilled = None
             return context
 
+        n_query = request.kv_method.n_query
+        if self._keep_prompt:
+            uncut = self._uncut_for(prompt, n_query)
+            uncut.read(prompt, self._requests.report)
+            return cut(begin(prompt, uncut, beginning, started), budget, beginning, small)
         with closing(self.engine.context(prompt.n_tokens, n_batch)) as large:
-            prefilled = self.engine.read(prompt, large, n_query=request.kv_method.n_query, report=self._requests.report)
+            prefilled = self.engine.read(prompt, large, n_query=n_query, report=self._requests.report)
             return cut(begin(prompt, prefilled, beginning, started), budget, beginning, small)
+
+    def _uncut_for(self, prompt: Prompt, n_query: int) -> Prefilled:
+        """What the large context holds, with the last queries that a selection needs; it has room for the prompt."""
+        n_ctx = -(-prompt.n_tokens // _STEP) * _STEP
+        context = self._large.get(n_ctx, self.engine.batch(prompt))
+        uncut = self._uncut
+        if uncut is None or uncut.context is not context or uncut.n_query < n_query:
+            context.clear()
+            uncut = self._uncut = Prefilled(context, self.engine.projector, n_query=n_query, n_spare=_SPARE)
+        return uncut
 
 
 def _close_all(sessions: weakref.WeakSet[Session]) -> None:

@@ -54,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def shared_runtime(tiny: Tiny) -> Iterator[object]:
     from edge_shiftkv import Runtime
 
-    with Runtime(tiny.text, tiny.mmproj, n_threads=1) as runtime:
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, image_cache=0) as runtime:
         yield runtime
 
 

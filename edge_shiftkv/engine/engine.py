@@ -27,7 +27,7 @@ class Engine(Closing):
 
     A context manager; `close` frees the files. Contexts made here have to be closed before.
 
-    model, mmproj, type_k, type_v, n_gpu_layers, n_threads: as in `Runtime`.
+    model, mmproj, type_k, type_v, n_gpu_layers, n_threads, image_cache: as in `Runtime`.
     progress: is told how many bytes of how many are loaded of "model" and "mmproj", now and then.
 
     Raises ModelError when a file is missing, is not what it should be, or two do not fit; SettingError.
@@ -42,6 +42,7 @@ class Engine(Closing):
         type_v: str = "f16",
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
+        image_cache: int = 0,
         progress: Progress | None = None,
     ) -> None:
         for name in (type_k, type_v):
@@ -49,6 +50,8 @@ class Engine(Closing):
                 raise SettingError(f"KV type {name!r} is not known: use one of {', '.join(KV_TYPES)}")
         if n_threads is not None and n_threads < 1:
             raise SettingError(f"n_threads is {n_threads}: it has to be >= 1, or None for all")
+        if image_cache < 0:
+            raise SettingError(f"image_cache is {image_cache}: it has to be MiB >= 0 (0 keeps no embeddings)")
         self.path, self.mmproj_path = Path(model), None if mmproj is None else Path(mmproj)
         self.type_k, self.type_v = type_k, type_v
         self.n_gpu_layers = n_gpu_layers
@@ -64,6 +67,7 @@ class Engine(Closing):
                     *(Path(mmproj), self.model),
                     use_gpu=n_gpu_layers != 0,
                     n_threads=self.n_threads,
+                    cache_bytes=image_cache << 20,
                     interrupt=self.interrupt,
                     progress=loading("mmproj", mmproj, progress),
                 )

@@ -115,6 +115,7 @@ class Prefilled:
     caller's. Ctrl-C and `Interrupt.cancel` end what these methods do; the context then holds what was read before.
 
     context: holds the KV pairs.
+    n_query: queries of each layer that a selection may look at.
     n_tokens: tokens that were read.
     n_read: those of them that the last `read` had to read.
     n_dropped: those of them that were cut.
@@ -138,7 +139,7 @@ class Prefilled:
         self.image_spans: list[ImageSpan] = []
         self.image_encode_s = 0.0
         self._projector = projector
-        self._n_query = n_query
+        self.n_query = n_query
         self._items: list[Item] = []
         self._after: list[tuple[int, int]] = []  # tokens and position after each item
         self._batches: dict[int, int] = {}  # first item -> the one after the last, of what was decoded at once
@@ -193,6 +194,8 @@ class Prefilled:
         """How many of a prompt's items `read` would take over."""
         n = min(self._n_same_batches(prompt) if whole_batches else self.n_common(prompt), n_items or len(prompt.items))
         n = self._with_window(n, self._after[n - 1][0] if n and n == n_items else prompt.n_tokens)
+        if whole_batches:
+            n = max((stop for stop in self._batches.values() if stop <= n), default=0)
         return n if self._goes_back_to(n) else self._n_fixed
 
     def n_common(self, prompt: Prompt | Continued) -> int:
@@ -262,8 +265,8 @@ class Prefilled:
 
     def _with_window(self, n: int, n_tokens: int) -> int:
         """Less than n items, where queries that a selection from `n_tokens` tokens looks at are no longer there."""
-        first = n_tokens - self._n_query
-        if not self._n_query or first >= self._first_captured:
+        first = n_tokens - self.n_query
+        if not self.n_query or first >= self._first_captured:
             return n
         while n and self._after[n - 1][0] > max(0, first):
             n -= 1
@@ -272,9 +275,9 @@ class Prefilled:
     def _read_image(self, chunk: ImageChunk, item: Item) -> Iterator[None]:
         assert self._projector
         started = time.perf_counter()
-        self._projector.encode(chunk)
+        embeddings = self._projector.embed(chunk, str(item))
         self.image_encode_s += time.perf_counter() - started
-        position = self._projector.decode(self.context, chunk, self.position)
+        position = self._projector.decode(self.context, chunk, embeddings, self.position)
         self._batches[len(self._items)] = len(self._items) + 1
         self._hold(item, chunk.n_tokens, position)
         yield

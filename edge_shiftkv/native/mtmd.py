@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp.llama_cpp as llama
 import llama_cpp.mtmd_cpp as mtmd
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from edge_shiftkv.errors import ImageError, ModelError, PromptError, ShiftKVError
@@ -62,6 +65,7 @@ class Chunks(Handle):
 class Projector(Handle):
     """A vision encoder with its projector (``mmproj``): an `mtmd_context *`.
 
+    cache_bytes: the most that embeddings of former pictures may take, of which the ones used last are kept.
     interrupt: ends what it computes.
     progress: is given the share of the file that is loaded, 0 to 1, now and then.
 
@@ -75,10 +79,14 @@ class Projector(Handle):
         *,
         use_gpu: bool,
         n_threads: int,
+        cache_bytes: int = 0,
         interrupt: Interrupt | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         check_mmproj(path)
+        self._n_embd = int(llama.llama_model_n_embd_inp(model.pointer))
+        self._cache_bytes = cache_bytes
+        self._cached: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = use_gpu
         params.n_threads = n_threads
@@ -137,6 +145,26 @@ class Projector(Handle):
         """Whether the image's tokens attend to each other both ways, and so have to be decoded in one batch."""
         return bool(mtmd.mtmd_decode_use_non_causal(self.pointer, chunk.pointer))
 
+    def embed(self, chunk: ImageChunk, key: str) -> npt.NDArray[np.float32]:
+        """The embeddings of a chunk, [n_tokens, n_embd], encoded or from the cache; valid until the next call.
+
+        key: identifies the chunk's pixels.
+
+        Raises ImageError, and CancelledError.
+        """
+        known = self._cached.get(key)
+        if known is not None:
+            self._cached.move_to_end(key)
+            return known
+        self.encode(chunk)
+        output = mtmd.mtmd_get_output_embd(self.pointer)
+        embeddings = np.ctypeslib.as_array(output, (chunk.n_tokens, self._n_embd))
+        if embeddings.nbytes <= self._cache_bytes:
+            embeddings = self._cached[key] = embeddings.copy()
+            while sum(kept.nbytes for kept in self._cached.values()) > self._cache_bytes:
+                self._cached.popitem(last=False)
+        return embeddings
+
     def encode(self, chunk: ImageChunk) -> None:
         """Run the vision encoder; the embeddings stay inside until the next call.
 
@@ -149,16 +177,16 @@ class Projector(Handle):
         if status:
             raise ImageError(f"image {chunk.image + 1}: the vision encoder failed{logs.explain(errors)}")
 
-    def decode(self, context: Context, chunk: ImageChunk, position: int) -> int:
-        """Decode the embeddings of the last `encode` from `position` on; return the position after them.
+    def decode(self, context: Context, chunk: ImageChunk, embeddings: npt.NDArray[np.float32], position: int) -> int:
+        """Decode the embeddings of a chunk from `position` on; return the position after them.
 
         With M-RoPE that is less than the number of tokens further on. Raises ShiftKVError, and CancelledError.
         """
-        embeddings = mtmd.mtmd_get_output_embd(self.pointer)
+        data = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         after = llama.llama_pos(position)
         with native_call() as errors:
             status = mtmd.mtmd_helper_decode_image_chunk(
-                *(self.pointer, context.pointer, chunk.pointer, embeddings, position, 0, context.n_batch),
+                *(self.pointer, context.pointer, chunk.pointer, data, position, 0, context.n_batch),
                 ctypes.byref(after),
                 mtmd.mtmd_helper_post_decode_callback(),
                 None,

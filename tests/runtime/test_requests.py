@@ -217,9 +217,9 @@ def test_a_batch_holds_a_picture_whose_tokens_see_each_other(
     batches = []
     decode = Projector.decode
 
-    def watched(self, context, chunk, position):
+    def watched(self, context, chunk, *rest):
         batches.append((chunk.n_tokens, context.n_batch))
-        return decode(self, context, chunk, position)
+        return decode(self, context, chunk, *rest)
 
     monkeypatch.setattr(Projector, "decode", watched)
     mmproj = tiny_models.write_mmproj(tmp_path / "mmproj.gguf", projector, n_patches=24)
