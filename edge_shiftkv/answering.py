@@ -98,9 +98,12 @@ class Requests:
             self._end_active()
             interrupt.begin(request.time_limit)
             prompt = (make_prompt or self.engine.prompt)(conversation)
-            if prompt.n_tokens >= self.n_ctx:
+            if self._room(prompt) < 1:
                 prompt.close()
-                raise too_long(prompt.n_tokens, self.n_ctx, prompt.n_image_tokens)
+                n_held = prompt.n_tokens - prompt.n_dropped
+                if n_held < self.n_ctx:  # it is the model that knows no more positions
+                    raise too_long(prompt.n_tokens, max(self.n_ctx, self.engine.model.n_ctx_train))
+                raise too_long(n_held, self.n_ctx, prompt.n_image_tokens)
             stream = Stream(self._answer(prompt, conversation, request, read, wrote), self._turn, interrupt.cancel)
             self._active = weakref.ref(stream)
         return stream
@@ -119,6 +122,11 @@ class Requests:
             self._end_active()
             self._closed = True
             free()
+
+    def _room(self, prompt: AnyPrompt) -> int:
+        """The tokens that an answer may have, by the KV pairs that there are and the positions that the model knows."""
+        n_positions = max(self.n_ctx, self.engine.model.n_ctx_train)
+        return min(self.n_ctx + prompt.n_dropped, n_positions) - prompt.n_tokens
 
     def report(self, done: int, total: int) -> None:
         """Tell how much of a prompt is read."""
@@ -144,7 +152,7 @@ class Requests:
         wrote: Callable[[Prefilled, str], None] | None,
     ) -> Generator[str, None, Completion]:
         model, drafting = self.engine.model, self.drafting
-        room = self.n_ctx - prompt.n_tokens
+        room = self._room(prompt)
         if request.max_tokens is not None:
             room = min(room, request.max_tokens)
         with closing(prompt), closing(Sampler(model, request.sampling)) as sampler, ExitStack() as ends:

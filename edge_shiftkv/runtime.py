@@ -223,7 +223,8 @@ class Runtime(Closing):
     ) -> Session:
         """Read pictures and text once, to ask about them again and again: see `Session`.
 
-        text, images: what the questions are about; in a prompt the pictures come first, then the text.
+        text, images: what the questions are about; in a prompt the pictures come first, then the text. Without either
+            it is an empty conversation.
         system: a system message.
         kv_budget, kv_method: what `Session.ask` cuts to, unless it is told otherwise; by default the runtime's.
 
@@ -236,8 +237,6 @@ class Runtime(Closing):
                 print(page.ask("And the date?").text)
                 print(page.reply("Are you sure?").text)
         """
-        if not text and not images:
-            raise PromptError("a session needs a picture or text to ask about")
         pictures = self._load(images)
         content: tuple[str | Image.Image, ...] = (*pictures, text) if text else tuple(pictures)
         about = [*([Message("system", (system,))] if system else []), Message("user", content)]
@@ -270,7 +269,8 @@ class Runtime(Closing):
         kv_method: Method | ScoringMethod | str | None,
     ) -> Session:
         budget = self.kv_budget if kv_budget == "runtime" else check_budget(kv_budget)
-        session = Session(self._requests, about, budget, self.kv_method if kv_method is None else method_of(kv_method))
+        method = self.kv_method if kv_method is None else method_of(kv_method)
+        session = Session(self._requests, about, self._load_one, budget, method)
         self._sessions.add(session)
         return session
 
@@ -305,7 +305,10 @@ class Runtime(Closing):
         return chat_schema.completion(answer.completion, model=str(self._path))
 
     def _load(self, images: Sequence[ImageSource]) -> list[Image.Image]:
-        return [load_image(image, allow_http=self._allow_http, image_root=self._image_root) for image in images]
+        return [self._load_one(image) for image in images]
+
+    def _load_one(self, image: ImageSource) -> Image.Image:
+        return load_image(image, allow_http=self._allow_http, image_root=self._image_root)
 
     def _stream(self, conversation: Conversation, options: Options) -> Stream:
         settings: dict[str, Any] = {"kv_budget": self.kv_budget, "kv_method": self.kv_method, **options}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from edge_shiftkv import session_file
 from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin, cut, too_long
@@ -16,7 +18,9 @@ from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, Prefilled, ScoringMethod
 from edge_shiftkv.errors import CancelledError, ClosedError, PromptError, SessionError, SettingError, ShiftKVError
 from edge_shiftkv.native.llama import Context
+from edge_shiftkv.native.mtmd import ImageChunk
 from edge_shiftkv.prompts.conversation import Conversation
+from edge_shiftkv.prompts.images import ImageSource
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Continued, Head
 from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
@@ -51,10 +55,16 @@ class Session(Closing):
     """
 
     def __init__(
-        self, requests: Requests, about: list[Message], kv_budget: Budget, kv_method: Method | ScoringMethod
+        self,
+        requests: Requests,
+        about: list[Message],
+        load: Callable[[ImageSource], Image.Image],
+        kv_budget: Budget,
+        kv_method: Method | ScoringMethod,
     ) -> None:
         self.selection: Selection | None = None
         self._requests = requests
+        self._load = load
         self._about = about
         self._kv_budget, self._kv_method = kv_budget, kv_method
         self._head = Head()
@@ -65,6 +75,7 @@ class Session(Closing):
         self._small: Context | None = None  # in which cut answers are written
         self._last: Prefilled | None = None
         self._turns: list[Message] = []
+        self._turns_head = Head()
         self._conversation = Conversation(about)
         self._closed = False
 
@@ -79,20 +90,29 @@ class Session(Closing):
 
     def stream(self, question: str, **options: Unpack[Options]) -> Stream:
         """`ask`, piece by piece."""
+        self._check_open()
+        if self._is_cut and ("kv_budget" in options or "kv_method" in options):
+            raise SettingError("the session was cut already: kv_budget and kv_method have no effect any more")
         return self._stream(self._asked(question), self._read_question, options)
 
-    def reply(self, text: str, **options: Unpack[Options]) -> Completion:
+    def reply(self, text: str, images: Sequence[ImageSource] = (), **options: Unpack[Options]) -> Completion:
         """Go on after the last answer, which the model then knows, in the KV cache that it was written in.
+
+        images: further pictures, before the text. With a budget, as many KV pairs stay of this reply's prompt, beside
+            those that were there before it: each picture is cut once, for its first answer, and a conversation over
+            many pictures stays small.
 
         Raises what `ask` raises, and PromptError where nothing was asked yet.
         """
-        return _whole(self.stream_reply(text, **options))
+        return _whole(self.stream_reply(text, images, **options))
 
-    def stream_reply(self, text: str, **options: Unpack[Options]) -> Stream:
+    def stream_reply(self, text: str, images: Sequence[ImageSource] = (), **options: Unpack[Options]) -> Stream:
         """`reply`, piece by piece."""
+        self._check_open()
         if not self._turns:
             raise PromptError("there is no answer to reply to: ask first")
-        return self._stream([*self._turns, Message("user", (text,))], self._read_reply, options)
+        pictures = [self._load(image) for image in images]
+        return self._stream([*self._turns, Message("user", (*pictures, text))], self._read_reply, options)
 
     def cut(self, budget: Budget = None, kv_method: Method | ScoringMethod | str | None = None) -> None:
         """Keep `budget` KV pairs per layer and KV head of what was read, and free the others.
@@ -127,30 +147,45 @@ class Session(Closing):
                 context.close()
 
     def _stream(self, messages: list[Message], read: Callable[[Any, Beginning], Begun], options: Options) -> Stream:
-        if self._closed:
-            raise ClosedError("the session is closed")
-        if self._is_cut and ("kv_budget" in options or "kv_method" in options):
-            raise SettingError("the session was cut already: kv_budget and kv_method have no effect any more")
         settings: dict[str, Any] = {"kv_budget": self._kv_budget, "kv_method": self._kv_method, **options}
         request = Request.of(**settings)
 
-        self._conversation = Conversation(messages)
+        conversation = self._conversation = Conversation(messages)
+        last = self._last if read == self._read_reply else None
+        head = Head()
+
+        def make_prompt(conversation: Conversation) -> Continued:
+            nonlocal head
+            prompt = self._continued(conversation, self._turns_head if last else self._head, last)
+            try:
+                head = Head.of(prompt, conversation.parts(self._requests.engine.template), self._requests.engine.model)
+            except BaseException:
+                prompt.close()
+                raise
+            return prompt
 
         def wrote(prefilled: Prefilled, text: str) -> None:
             self._last, self._turns = prefilled, [*messages, Message("assistant", (text,))]
+            self._turns_head = head
 
-        return self._requests.stream(self._conversation, request, read, make_prompt=self._prompt, wrote=wrote)
+        return self._requests.stream(conversation, request, read, make_prompt=make_prompt, wrote=wrote)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the session is closed")
 
     def _asked(self, question: str) -> list[Message]:
         *before, about = self._about
         return [*before, replace(about, content=(*about.content, question))]
 
-    def _prompt(self, conversation: Conversation) -> AnyPrompt:
-        """The tokens of a conversation; pictures that are held already are not looked at again."""
+    def _continued(self, conversation: Conversation, head: Head, holder: Prefilled | None = None) -> Continued:
+        """The tokens of a conversation; pictures of a head, which is held already, are not looked at again."""
         engine = self._requests.engine
-        if not self._head.items:
-            return engine.prompt(conversation)
-        return Continued(self._head, conversation.parts(engine.template), engine.model)
+        holder = holder or (self._base if self._is_fixed else None)
+        return Continued(
+            *(head, conversation.parts(engine.template), engine.model, engine.projector),
+            n_dropped=holder.n_dropped if holder else 0,
+        )
 
     def read(self) -> None:
         """Read what the session is about. Raises what `Runtime.session` does."""
@@ -170,6 +205,7 @@ class Session(Closing):
                 raise SessionError(f"the session could not be restored: {error}") from error
             raise
         self._head, self._is_cut, self._is_loaded = saved.head, saved.is_cut, True
+        self._n_about = self._base.n_items
 
     def _read_about(self, request: Request, n_tokens: int) -> Prefilled:
         """What the session is about, in a context for `n_tokens` of it and after it, with the method's queries."""
@@ -181,8 +217,9 @@ class Session(Closing):
             fits = n_ctx <= base.context.n_ctx
             if fits and (self._is_fixed or self._n_query >= n_query):
                 return base
-            if self._is_fixed:
+            if self._is_fixed or (request.kv_budget is None and not fits):
                 self._base = base.moved(self._new(n_ctx, base.context.n_batch))
+                self._n_query = 0
                 base.context.close()
                 return self._base
             self._base = None
@@ -191,7 +228,8 @@ class Session(Closing):
         parts, other_parts = (conversation.parts(engine.template) for conversation in conversations)
         with closing(engine.prompt(conversations[0])) as prompt:
             self._head = Head.of(prompt, parts, engine.model)
-            pairs = zip(prompt.items, Continued(self._head, other_parts, engine.model).items, strict=False)
+            other_items = Continued(self._head, other_parts, engine.model).items
+            pairs = zip(prompt.items, other_items, strict=False)
             n = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt.items) - 1)
             n_ctx = max(n_tokens, prompt.n_tokens + _ROOM)
             if prompt.n_tokens >= self._requests.n_ctx:
@@ -217,6 +255,11 @@ class Session(Closing):
             return Prefilled(context, projector)
 
     def _read_question(self, prompt: AnyPrompt, beginning: Beginning) -> Begun:
+        # Whatever was asked before, a question is read at once: else its bits would depend on that.
+        return self._read_after(prompt, beginning, self._n_about)
+
+    def _read_after(self, prompt: AnyPrompt, beginning: Beginning, most: int | None = None) -> Begun:
+        """Go on from what the session is about, or from what came after it; `most`: take over so many items at most."""
         started = time.perf_counter()
         self._last = None
         request = beginning.request
@@ -224,19 +267,26 @@ class Session(Closing):
         if budget is not None and self._is_fixed:
             raise SettingError("the session came from a file, which has no queries to cut by: kv_budget has to be None")
         base = self._read_about(request, prompt.n_tokens + (beginning.room if budget is None else 0))
-        if self._is_fixed or base.n_reused(prompt) >= len(self._head.items):
-            base.read(prompt, self._requests.report, whole_batches=False)
-        else:  # the queries of the picture itself are wanted, and were overwritten
-            with closing(self._requests.engine.prompt(self._conversation)) as whole:
-                base.read(whole, self._requests.report, whole_batches=False)
+        if base.n_reused(prompt, most=most) >= prompt.n_head:
+            base.read(prompt, self._requests.report, whole_batches=False, most=most)
+        else:
+            # The base does not hold the pictures of former turns, or has lost the queries of its own.
+            with closing(self._continued(self._conversation, self._head if self._is_fixed else Head())) as whole:
+                base.read(whole, self._requests.report, whole_batches=False, most=most)
         begun = begin(prompt, base, beginning, started)
         return begun if budget is None else cut(begun, budget, beginning, self._empty)
 
     def _read_reply(self, prompt: AnyPrompt, beginning: Beginning) -> Begun:
         started = time.perf_counter()
         last, self._last = self._last, None
-        if last is None or last.context is (self._base and self._base.context) or not last.can_read(prompt):
-            return self._read_question(prompt, beginning)
+        if last is None or not last.can_read(prompt):
+            return self._read_after(prompt, beginning)
+        if any(isinstance(chunk, ImageChunk) for chunk in prompt.chunks):
+            budget = budget_for(beginning.request.kv_budget, prompt.n_tokens - last.n_tokens)
+            if budget is not None:
+                return self._read_pictures(prompt, last, budget, beginning, started)
+        if last.context is (self._base and self._base.context):
+            return self._read_after(prompt, beginning)
         n_ctx = prompt.n_tokens - last.n_dropped + beginning.room
         if n_ctx > last.context.n_ctx:
             last = last.moved(self._new(n_ctx, last.context.n_batch))
@@ -245,6 +295,18 @@ class Session(Closing):
             self._small = last.context
         last.read(prompt, self._requests.report, whole_batches=False)
         return begin(prompt, last, beginning, started)
+
+    def _read_pictures(
+        self, prompt: AnyPrompt, last: Prefilled, budget: int, beginning: Beginning, started: float
+    ) -> Begun:
+        """Read a reply with pictures beside what is held, and keep `budget` KV pairs more."""
+        engine = self._requests.engine
+        n_held = last.n_tokens - last.n_dropped
+        n_ctx = _rounded(prompt.n_tokens - last.n_dropped)
+        with closing(engine.context(n_ctx, engine.batch(prompt))) as large:
+            whole = last.moved(large, n_query=beginning.request.kv_method.n_query)
+            whole.read(prompt, self._requests.report, whole_batches=False)
+            return cut(begin(prompt, whole, beginning, started), n_held + budget, beginning, self._empty)
 
     def _empty(self, n_ctx: int) -> Context:
         """The context for a cut answer, empty; it has room for a reply, too."""
@@ -301,6 +363,8 @@ class Session(Closing):
     def _save(self, path: Path) -> None:
         base = self._about_only(Request.of(kv_budget=self._kv_budget, kv_method=self._kv_method))
         self._last = None
+        if not base.n_tokens:
+            raise ShiftKVError("there is nothing to save: the session was made without pictures and text")
         session_file.write(
             path, self._requests.engine, self._about, base.held(), self._head, base.context.state(), is_cut=self._is_cut
         )

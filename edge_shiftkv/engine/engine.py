@@ -16,7 +16,7 @@ from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.prompts.chat import ChatTemplate
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.messages import Message
-from edge_shiftkv.prompts.prompt import Prompt
+from edge_shiftkv.prompts.prompt import Continued, Prompt
 
 Progress = Callable[[str, int, int], None]
 """Is told what goes on, how much of it is done, and of how much."""
@@ -102,7 +102,7 @@ class Engine(Closing):
             interrupt=self.interrupt,
         )
 
-    def batch(self, prompt: Prompt) -> int:
+    def batch(self, prompt: Prompt | Continued) -> int:
         """The batch size of a context that a prompt is to be read in."""
         return prefill_batch(prompt, self.projector)
 

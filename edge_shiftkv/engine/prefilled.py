@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,7 +24,7 @@ BATCH = 512
 Floats = npt.NDArray[np.float32]
 
 
-def prefill_batch(prompt: Prompt, projector: Projector | None) -> int:
+def prefill_batch(prompt: Prompt | Continued, projector: Projector | None) -> int:
     """The batch size a context needs for `prompt`: a picture whose tokens see each other has to fit in one batch."""
     whole = (
         chunk.n_tokens
@@ -157,6 +157,7 @@ class Prefilled:
         *,
         whole_batches: bool = True,
         n_items: int | None = None,
+        most: int | None = None,
     ) -> None:
         """Hold just this prompt.
 
@@ -164,11 +165,12 @@ class Prefilled:
         whole_batches: take over only what was read in the batches that it would be read in now, so that all is as if
             nothing had been there: llama.cpp's arithmetic changes with the tokens in a batch. Else every common token.
         n_items: read only the first so many of its items, and have no logits then.
+        most: take over so many items at most.
 
         Raises ImageError, ShiftKVError, CancelledError; PromptError where what was cut is not how this one begins.
         """
         n_items = len(prompt.items) if n_items is None else n_items
-        n = self._go_back(self.n_reused(prompt, whole_batches=whole_batches, n_items=n_items))
+        n = self._go_back(self.n_reused(prompt, whole_batches=whole_batches, n_items=n_items, most=most))
         self.image_spans = prompt.image_spans
         self.image_encode_s = 0.0
         start = self.n_tokens
@@ -190,9 +192,17 @@ class Prefilled:
                     report(self.n_tokens, prompt.n_tokens)
         self.n_read = self.n_tokens - start
 
-    def n_reused(self, prompt: Prompt | Continued, *, whole_batches: bool = False, n_items: int | None = None) -> int:
+    def n_reused(
+        self,
+        prompt: Prompt | Continued,
+        *,
+        whole_batches: bool = False,
+        n_items: int | None = None,
+        most: int | None = None,
+    ) -> int:
         """How many of a prompt's items `read` would take over."""
-        n = min(self._n_same_batches(prompt) if whole_batches else self.n_common(prompt), n_items or len(prompt.items))
+        n = self._n_same_batches(prompt) if whole_batches else self.n_common(prompt)
+        n = min(n, len(prompt.items) if n_items is None else n_items, n if most is None else most)
         n = self._with_window(n, self._after[n - 1][0] if n and n == n_items else prompt.n_tokens)
         if whole_batches:
             n = max((stop for stop in self._batches.values() if stop <= n), default=0)
@@ -297,14 +307,18 @@ class Prefilled:
 
         n_prompt: rank only the first so many tokens; 0 ranks all. Then only methods that look at no queries can.
 
+        Where something was cut before, what was left of it is ranked again, each KV pair as a token of the prompt. Of
+        the pictures, those read since are in the selection, counted from 0.
+
         Raises ShiftKVError, and CancelledError.
         """
-        n_prompt = n_prompt or self.n_tokens
+        n_prompt = n_prompt or self.n_tokens - self.n_dropped
+        image_spans = self._spans_of_pairs()
         try:
             if isinstance(method, ScoringMethod):
                 params = shiftkv.default_params(shiftkv.Method.RANDOM)
                 params.budget, params.n_prompt = budget, n_prompt
-                captured = Captured(self.context, n_prompt, self.image_spans)
+                captured = Captured(self.context, n_prompt, image_spans)
                 shiftkv.select_scores(self.context, params, method.scores(captured, budget))
             else:
                 params = method.params(budget, self.context.model.architecture)
@@ -314,7 +328,23 @@ class Prefilled:
         except ShiftKVError:
             self.context.interrupt.check()  # was it ended, or did it fail?
             raise
-        return Selection(kept, n_prompt, self.image_spans)
+        return Selection(kept, n_prompt, image_spans)
+
+    def _spans_of_pairs(self) -> list[ImageSpan]:
+        """Where in the cache pictures are, as far as they were not cut."""
+        if not self.n_dropped:
+            return list(self.image_spans)
+        n_cut, _ = self._after[self._n_fixed - 1]
+        spans = [span for span in self.image_spans if span.start >= n_cut]
+        return [
+            replace(
+                span,
+                image=span.image - spans[0].image,
+                start=span.start - self.n_dropped,
+                stop=span.stop - self.n_dropped,
+            )
+            for span in spans
+        ]
 
     def hand_over(self, context: Context) -> int:
         """Copy the pairs of the last `select` into another context, which holds nothing else then.
@@ -326,7 +356,8 @@ class Prefilled:
         except ShiftKVError:
             context.interrupt.check()
             raise
-        return self.position if shiftkv.info(self.context).n_prompt == self.n_tokens else after
+        whole = shiftkv.info(self.context).n_prompt == self.n_tokens - self.n_dropped
+        return self.position if whole else after
 
     def handed_over(self, context: Context, *, n_query: int = 0) -> Prefilled:
         """`hand_over`, and what is held there: the same, but that it cannot go back behind what was cut.
@@ -339,10 +370,15 @@ class Prefilled:
         other.n_dropped += self.n_tokens - self.n_dropped - n_kept
         return other
 
-    def moved(self, context: Context) -> Prefilled:
-        """The same in another context of the same model and KV types. Raises ShiftKVError."""
+    def moved(self, context: Context, *, n_query: int = 0) -> Prefilled:
+        """The same in another context of the same model and KV types.
+
+        n_query: queries to capture from now on.
+
+        Raises ShiftKVError.
+        """
         context.load_state(self.context.state())
-        other = Prefilled.of(context, self._projector, self.held())
+        other = Prefilled.of(context, self._projector, self.held(), n_query=n_query)
         other._n_fixed, other._state = self._n_fixed, self._state
         return other
 

@@ -152,6 +152,7 @@ class Projector(Handle):
 
         Raises ImageError, and CancelledError.
         """
+        self.interrupt.check()
         known = self._cached.get(key)
         if known is not None:
             self._cached.move_to_end(key)

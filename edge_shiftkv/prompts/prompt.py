@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from PIL import Image
@@ -35,6 +35,8 @@ class Prompt:
     items: one for each token of text, which is the token, and for each chunk of a picture, which is a sha256 of what it
         was made from and its place in the picture: prompts with the same first items begin the same.
     """
+
+    n_dropped = n_head = 0  # of a `Continued`
 
     def __init__(self, parts: Sequence[Part], model: Model, projector: Projector | None) -> None:
         """Tokenize `parts`. Raises PromptError when they cannot be, or have no text at their end."""
@@ -99,7 +101,7 @@ class HeldChunk:
 
 @dataclass(frozen=True)
 class Head:
-    """The beginning of prompts, up to the last picture of it and what the model has around pictures.
+    """The beginning of prompts, up to their last picture and what the model has around pictures.
 
     n_tokens, image_spans: as in `Prompt`.
     """
@@ -109,39 +111,65 @@ class Head:
     image_spans: tuple[ImageSpan, ...] = ()
 
     @classmethod
-    def of(cls, prompt: Prompt, parts: Sequence[Part], model: Model) -> Head:
+    def of(cls, prompt: Prompt | Continued, parts: Sequence[Part], model: Model) -> Head:
         """What is before the text at the end of a prompt that was made of `parts`.
 
         Raises PromptError where the model takes that text otherwise than other text.
         """
         if not prompt.image_spans:
             return cls()
-        after = tokens_after_pictures(parts, model)
+        after = [token for run in _runs(_after_pictures(parts), model) if isinstance(run, list) for token in run]
         n = len(prompt.items) - len(after)
         if prompt.items[n:] != after:
             raise PromptError("this model's pictures change the tokens of the text after them")
         return cls(tuple(prompt.items[:n]), prompt.n_tokens - len(after), tuple(prompt.image_spans))
 
+    @property
+    def n_images(self) -> int:
+        """How many pictures are in it."""
+        return len({span.image for span in self.image_spans})
+
 
 class Continued:
-    """A `Prompt` of a head and other text after it; nothing is to be freed."""
+    """A `Prompt` that begins with a head, whose pictures are not looked at again. To be closed like one.
 
-    def __init__(self, head: Head, parts: Sequence[Part], model: Model) -> None:
-        tokens = tokens_after_pictures(parts, model)
-        self.chunks: list[TextChunk | ImageChunk | HeldChunk] = [HeldChunk(len(head.items)), TextChunk(tokens)]
-        self.items: list[Item] = [*head.items, *tokens]
-        self.image_spans = list(head.image_spans)
-        self.n_tokens = head.n_tokens + len(tokens)
-        self.n_image_tokens = sum(span.stop - span.start for span in head.image_spans)
+    parts: of all of it; pictures in the head may be stand-ins.
+    n_dropped: tokens of the head that were cut from the cache that holds it.
+
+    Raises PromptError.
+    """
+
+    def __init__(
+        self, head: Head, parts: Sequence[Part], model: Model, projector: Projector | None = None, *, n_dropped: int = 0
+    ) -> None:
+        self.n_dropped = n_dropped
+        self.n_head = len(head.items)
+        self._rest = rest = Prompt(_after_pictures(parts, head.n_images), model, projector)
+        self.chunks: list[TextChunk | ImageChunk | HeldChunk] = [HeldChunk(self.n_head), *rest.chunks]
+        self.items: list[Item] = [*head.items, *rest.items]
+        spans = [
+            replace(
+                span,
+                image=span.image + head.n_images,
+                start=span.start + head.n_tokens,
+                stop=span.stop + head.n_tokens,
+            )
+            for span in rest.image_spans
+        ]
+        self.image_spans = [*head.image_spans, *spans]
+        self.n_tokens = head.n_tokens + rest.n_tokens
+        self.n_image_tokens = sum(span.stop - span.start for span in self.image_spans)
 
     def close(self) -> None:
-        """Nothing."""
+        """Free the preprocessed pictures."""
+        self._rest.close()
 
 
-def tokens_after_pictures(parts: Sequence[Part], model: Model) -> list[int]:
-    """The tokens of the text after the last picture."""
-    last = max((i for i, part in enumerate(parts) if isinstance(part, Image.Image)), default=-1)
-    return _tokens([part for part in parts[last + 1 :] if isinstance(part, Text)], model)
+def _after_pictures(parts: Sequence[Part], n: int | None = None) -> Sequence[Part]:
+    """What comes after the n-th picture, or the last one."""
+    places = [i for i, part in enumerate(parts) if isinstance(part, Image.Image)]
+    n = len(places) if n is None else n
+    return parts[places[n - 1] + 1 :] if n else parts
 
 
 def _tokens(parts: Sequence[Text], model: Model) -> list[int]:

@@ -74,7 +74,7 @@ def test_the_other_computations_end_early(tiny, monkeypatch, where, then, error)
         "encoder": "edge_shiftkv.native.mtmd.mtmd.mtmd_encode_chunk",
         "selection": "edge_shiftkv.native.shiftkv._select",
     }
-    with Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=24) as runtime:
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=24, image_cache=0) as runtime:
         expected = runtime.generate(PROMPT, [tiny.picture], max_tokens=8).text
         (interrupt,) = made
         module, name = step[where].rsplit(".", 1)

@@ -5,14 +5,18 @@ import hashlib
 import os
 import weakref
 
+import numpy as np
 import pytest
+from PIL import Image
 from support import tiny_models
 from support.gguf_random import Spec, write_model
 
 from edge_shiftkv import (
+    METHODS,
     CancelledError,
     ClosedError,
     DraftOptions,
+    ImageError,
     PromptError,
     Runtime,
     SessionError,
@@ -21,6 +25,7 @@ from edge_shiftkv import (
 )
 from edge_shiftkv.engine.prefilled import Prefilled
 from edge_shiftkv.native.mtmd import Projector
+from edge_shiftkv.sampling import Sampler
 
 QUESTIONS = ["What is on the picture? " * 3, "And where?", "x", "What is on the table, then? " * 9]
 N = 12
@@ -124,6 +129,165 @@ def test_a_reply_goes_on_in_the_cache_of_the_answer(tiny, budget, cut, n_read):
 
 def picture(tiny):
     return {"type": "image_url", "image_url": {"url": str(tiny.picture)}}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Paths of four pictures of noise."""
+    paths = [tmp_path_factory.mktemp("pictures") / f"{i}.png" for i in range(4)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i + 1).integers(0, 256, (90, 150, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def turns(pictures, texts):
+    """The user's messages, each with a picture or none."""
+    return [
+        {
+            "role": "user",
+            "content": [
+                *([{"type": "image_url", "image_url": {"url": str(picture)}}] if picture else []),
+                {"type": "text", "text": text},
+            ],
+        }
+        for picture, text in zip(pictures, texts, strict=True)
+    ]
+
+
+KINDS = {"llava": ("text", "mmproj"), "tiled": ("text", "tiled_mmproj"), "qwen": ("qwen_text", "qwen_mmproj")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reply_with_pictures(tiny, kind, pictures, encodes):
+    """Uncut, it is what the model makes of the whole conversation; each picture is read once."""
+    model, mmproj = (getattr(tiny, name) for name in KINDS[kind])
+    places = [pictures[0], pictures[1], None, pictures[2], None]
+    texts = [QUESTIONS[0], "And on this one? " * 3, "Why?", "Compare them.", "Since when?"]
+    with Runtime(model, mmproj, n_threads=1, n_ctx=4096, image_cache=0) as runtime:
+        messages, expected = [], []
+        for message in turns(places, texts):
+            messages.append(message)
+            answer = runtime.create_chat_completion(messages, max_tokens=N)["choices"][0]["message"]["content"]
+            messages.append({"role": "assistant", "content": answer})
+            expected.append(answer)
+        encodes.clear()
+        with runtime.session(images=places[:1]) as page:
+            answers = [page.ask(texts[0], max_tokens=N).text]
+            for picture, text in zip(places[1:], texts[1:], strict=True):
+                answers.append(page.reply(text, [picture] if picture else [], max_tokens=N).text)
+            assert answers == expected
+            n_tiles = 5 if kind == "tiled" else 1
+            assert len(encodes) == 3 * n_tiles
+            assert page.ask(texts[0], max_tokens=N).text == expected[0]
+            assert page.reply(texts[1], [pictures[1]], max_tokens=N).text == expected[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("about", ["picture", "cut", "loaded", "nothing"])
+def test_a_conversation_over_many_pictures_stays_small(tiny, kind, about, pictures, encodes, tmp_path):
+    """Each reply's prompt is cut once, to the budget, beside what was there."""
+    model, mmproj = (getattr(tiny, name) for name in KINDS[kind])
+    with Runtime(model, mmproj, n_threads=1, kv_budget=24, n_ctx=500) as runtime:
+        if about == "loaded":
+            with runtime.session(images=[tiny.picture]) as page:
+                page.cut(20)
+                page.save(tmp_path / "page.kv")
+            page = runtime.load_session(tmp_path / "page.kv")
+        else:
+            page = runtime.session(images=[] if about == "nothing" else [tiny.picture])
+        with page:
+            if about == "cut":
+                page.cut(20)
+            last = page.ask("What is it?", max_tokens=N).figures
+            encodes.clear()
+            for i, picture in enumerate([*pictures, pictures[0]]):
+                answer = page.reply(f"Picture {i}?", [picture], max_tokens=N)
+                # The answer's last token is not in the cache: it is read with the reply.
+                held = last.kept_tokens + last.generated_tokens - 1
+                assert answer.figures.kept_tokens == held + 24
+                assert answer.selection.n_kept == held + 24
+                assert answer.figures.image_tokens > last.image_tokens
+                last = answer.figures
+            last = page.reply("Why?", max_tokens=N).figures
+            assert last.kept_tokens < held + 24 + 60
+            assert last.prompt_tokens - last.kept_tokens > 4 * 24
+            assert len(encodes) == (20 if kind == "tiled" else 4)  # the others are known
+
+
+def test_a_cut_of_a_reply_that_keeps_nearly_all(tiny, pictures):
+    """Only pairs that tell least are gone: it goes on at the right positions, from the right pairs."""
+    texts = [QUESTIONS[0], "And on this one? " * 3, "Compare them."]
+    answers = []
+    with Runtime(tiny.qwen_text, tiny.qwen_mmproj, n_threads=1, kv_method="keydiff", n_ctx=4096) as runtime:
+        for budget in (None, 0.99):
+            with runtime.session(images=pictures[:1]) as page:
+                page.ask(texts[0], max_tokens=2)
+                for picture, text in zip(pictures[1:3], texts[1:], strict=True):
+                    answers.append(page.reply(text, [picture], max_tokens=2, kv_budget=budget).text)
+    assert answers[:2] == answers[2:]
+
+
+def test_what_a_reply_kept(tiny, pictures):
+    """Positions in the selection are places in the cache; StreamingLLM's are known without looking."""
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=24, kv_method="streamingllm") as runtime:
+        with runtime.session(images=[tiny.picture]) as page:
+            page.ask(QUESTIONS[0], max_tokens=N)
+            answer = page.reply("And this?", pictures[1:3], max_tokens=N)
+        selection = answer.selection
+        n_sink = METHODS["streamingllm"].n_sink
+        kept = [*range(n_sink), *range(selection.n_prompt - selection.n_kept + n_sink, selection.n_prompt)]
+        assert {tuple(selection.kept(layer, 0)) for layer in selection.layers} == {tuple(kept)}
+        first, second = selection.image_spans
+        assert (first.image, second.image) == (0, 1)
+        assert first.stop - first.start == second.stop - second.start == 16
+        assert first.stop == second.start
+        with Runtime(tiny.text, n_threads=1) as plain:
+            n_after = plain.generate("And this?", max_tokens=1).figures.prompt_tokens
+            n_empty = plain.generate("x", max_tokens=1).figures.prompt_tokens
+        assert 0 <= selection.n_prompt - second.stop - (n_after - n_empty) < n_empty
+        assert selection.image_counts(1).sum() > 0
+
+
+def test_a_reply_with_a_picture_that_cannot_be_read(tiny, pictures, tmp_path):
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=24) as runtime:  # noqa: SIM117
+        with runtime.session(images=[tiny.picture]) as page:
+            page.ask(QUESTIONS[0], max_tokens=N)
+            first = page.reply("And this?", [pictures[0]], max_tokens=N)
+            with pytest.raises(ImageError, match=r"none\.png"):
+                page.reply("And this?", [tmp_path / "none.png"])
+            assert page.reply("Why?", max_tokens=N).figures.prompt_tokens > first.figures.prompt_tokens
+            stream = page.stream_reply("And this?", [pictures[1]], max_tokens=N)
+            next(stream)
+            stream.cancel()
+            with pytest.raises(CancelledError):
+                next(stream)
+            answer = page.reply("And this?", [pictures[1]], max_tokens=N)  # all of it is read again
+            assert answer.figures.generated_tokens == N
+            assert answer.figures.image_tokens == 3 * 16
+
+
+def test_an_empty_session(tiny):
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1) as runtime, runtime.session() as chat:
+        assert chat.ask(QUESTIONS[0], max_tokens=N).text == runtime.generate(QUESTIONS[0], max_tokens=N).text
+        assert chat.reply("Why?", max_tokens=N).figures.generated_tokens == N
+
+
+def test_the_same_question_twice_gives_the_same_bits(tiny, monkeypatch):
+    """Also right after itself, when nearly all of it is still there."""
+    seen = []
+    sample = Sampler.sample
+    monkeypatch.setattr(
+        Sampler,
+        "sample",
+        lambda self, outputs, output=-1: (
+            seen.append(outputs.logits(output).tobytes()),
+            sample(self, outputs, output),
+        )[1],
+    )
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1) as runtime, runtime.session(images=[tiny.picture]) as page:
+        for question in (QUESTIONS[0], QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]):
+            page.ask(question, max_tokens=1)
+    assert seen[0] == seen[1] == seen[3] != seen[2]
 
 
 def test_a_reply_after_an_answer_that_failed_starts_from_the_page(tiny, monkeypatch):
@@ -355,8 +519,6 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tiny, saved, tmp_pa
 
 def test_what_is_wrong_is_said(tiny):
     runtime = Runtime(tiny.text, tiny.mmproj, n_threads=1, n_ctx=200)
-    with pytest.raises(PromptError, match="needs a picture or text"):
-        runtime.session()
     with pytest.raises(PromptError, match="leaves no room"):
         runtime.session("word " * 300)
     page = runtime.session(images=[tiny.picture])
