@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_STEP = 1024  # tokens that a context which stays grows by
 _SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
 
 
@@ -321,7 +320,7 @@ class Runtime(Closing):
         request, n_batch = beginning.request, self.engine.batch(prompt)
         budget = budget_for(request.kv_budget, prompt.n_tokens)
         if budget is None:
-            context = self._kept.get(prompt.n_tokens + beginning.room, n_batch, beginning.n_pass)
+            context = self._kept.get(_roomy(prompt.n_tokens + beginning.room), n_batch, beginning.n_pass)
             if self._prefilled is None or self._prefilled.context is not context:
                 context.clear()
                 self._prefilled = Prefilled(context, self.engine.projector)
@@ -345,13 +344,18 @@ class Runtime(Closing):
 
     def _uncut_for(self, prompt: Prompt, n_query: int) -> Prefilled:
         """What the large context holds, with the last queries that a selection needs; it has room for the prompt."""
-        n_ctx = -(-prompt.n_tokens // _STEP) * _STEP
-        context = self._large.get(n_ctx, self.engine.batch(prompt))
+        context = self._large.get(_roomy(prompt.n_tokens), self.engine.batch(prompt))
         uncut = self._uncut
         if uncut is None or uncut.context is not context or uncut.n_query < n_query:
             context.clear()
             uncut = self._uncut = Prefilled(context, self.engine.projector, n_query=n_query, n_spare=_SPARE)
         return uncut
+
+
+def _roomy(n_ctx: int) -> int:
+    """A little more, so that a conversation can grow: what a context held is read again when it gets too small."""
+    step = max(256, 1 << max(0, n_ctx.bit_length() - 3))
+    return -(-n_ctx // step) * step
 
 
 def _close_all(sessions: weakref.WeakSet[Session]) -> None:

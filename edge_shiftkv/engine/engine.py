@@ -18,6 +18,8 @@ from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Continued, Prompt
 
+_MIB = 1 << 20
+
 Progress = Callable[[str, int, int], None]
 """Is told what goes on, how much of it is done, and of how much."""
 
@@ -67,7 +69,7 @@ class Engine(Closing):
                     *(Path(mmproj), self.model),
                     use_gpu=n_gpu_layers != 0,
                     n_threads=self.n_threads,
-                    cache_bytes=image_cache << 20,
+                    cache_bytes=image_cache * _MIB,
                     interrupt=self.interrupt,
                     progress=loading("mmproj", mmproj, progress),
                 )

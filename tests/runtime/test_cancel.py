@@ -117,6 +117,7 @@ def test_cancel_from_another_thread(tiny, kv_budget):
     with Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=kv_budget, progress=progress) as runtime:
         runtime.cancel()  # there is nothing to cancel yet
         expected = runtime.generate(PROMPT, [tiny.picture], max_tokens=16)
+        runtime.generate("Something else.", max_tokens=1)  # nothing of the prompt is held any more
         cancelling = True
         del reports[:]
         with pytest.raises(CancelledError, match="was cancelled"):
