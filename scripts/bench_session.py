@@ -2,30 +2,41 @@
 
     python scripts/bench_session.py ask -m MODEL --mmproj MMPROJ --image PAGE --tokens 1024   # time to the first token
     python scripts/bench_session.py memory -m MODEL --mmproj MMPROJ --image PAGE              # of many open pages
+    python scripts/bench_session.py server -m MODEL --mmproj MMPROJ --image PAGE --llama-server LLAMA_SERVER
 
 `ask` takes the seconds until the first token of an answer is there: of a question with its page read for it, of a
 second question in the same session, of one after a cut, and of one in a session from a file (the SHA-256 of the model
 file is left aside, as its load is). A page is a picture, or --tokens of text (Python source). What is compared is
 measured in one run, alternately; ratios are medians of the rounds' ratios with their quartiles. `memory` opens pages
-one after the other and takes what they add to the process's own memory.
+one after the other and takes what they add to the process's own memory. `server` sets beside
+a session's file the slot that llama.cpp's own server (of the same llama.cpp, unpatched) saves and restores, whose KV
+cache is whole: bytes, and seconds from a request that restores the slot, or loads the session, to the first token.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import os
+import socket
+import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from bench_kv import markdown, ratio, resident
 
 from edge_shiftkv import Runtime, Session
 from edge_shiftkv.session_file import file_hash
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 QUESTIONS = ("What is the first line about?", "Which number is the largest?")
 MIB = 1 << 20
@@ -127,11 +138,101 @@ def memory(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
+class LlamaServer:
+    """llama.cpp's server with one slot; a context manager."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._url = f"http://127.0.0.1:{port}"
+        command = [arguments.llama_server, "-m", arguments.model, "--port", port, "-np", 1, "-c", 4096, "-fa", "on"]
+        command += ["-t", arguments.threads, "--slot-save-path", folder, "--cache-ram", 0]
+        if arguments.mmproj:
+            command += ["--mmproj", arguments.mmproj]
+        self._process = subprocess.Popen(
+            [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def __enter__(self) -> Self:
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self._url}/health"):
+                    return self
+            except OSError:
+                if self._process.poll() is not None:
+                    raise SystemExit("llama-server does not start") from None
+                time.sleep(0.2)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def post(self, path: str, body: object) -> Any:
+        """The answer to a request."""
+        request = urllib.request.Request(
+            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+    def ask(self, arguments: argparse.Namespace, text: str, question: str) -> None:
+        """Have one token written about the page."""
+        content: list[Any] = [{"type": "text", "text": f"{text}\n{question}" if text else question}]
+        if arguments.image:
+            data = base64.b64encode(arguments.image.read_bytes()).decode()
+            content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+        messages = [{"role": "user", "content": content}]
+        self.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1, "temperature": 0, "id_slot": 0})
+
+
+def server(arguments: argparse.Namespace) -> list[Row]:
+    """A page on disk, next to llama.cpp's server."""
+    times: dict[str, list[float]] = {name: [] for name in ("read it", "restore its slot", "load its session, cut")}
+    sizes: dict[str, float] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LlamaServer(arguments, Path(folder)) as theirs,
+        Runtime(arguments.model, arguments.mmproj, n_threads=arguments.threads) as runtime,
+    ):
+        page = page_of(arguments, runtime)
+        text, path = page.get("text", ""), Path(folder) / "page.kv"
+        with runtime.session(**page) as session:
+            session.cut(arguments.cut)
+            session.save(path)
+        for i in range(-1, arguments.rounds):
+            theirs.post("/slots/0?action=erase", {})
+            found = {"read it": seconds(lambda: theirs.ask(arguments, text, QUESTIONS[0]))}
+            sizes["restore its slot"] = theirs.post("/slots/0?action=save", {"filename": "slot"})["n_written"]
+            theirs.post("/slots/0?action=erase", {})
+            started = time.perf_counter()
+            theirs.post("/slots/0?action=restore", {"filename": "slot"})
+            theirs.ask(arguments, text, QUESTIONS[1])
+            found["restore its slot"] = time.perf_counter() - started
+            started = time.perf_counter()
+            with runtime.load_session(path) as session:
+                session.ask(QUESTIONS[1], max_tokens=1)
+                found["load its session, cut"] = time.perf_counter() - started
+            for name, value in found.items():
+                if i >= 0:
+                    times[name].append(value)
+        sizes["load its session, cut"] = path.stat().st_size
+    return [
+        {
+            "To the first token": name,
+            "s": f"{np.median(values):.3f}",
+            "Over reading": ratio(values, times["read it"]),
+            "File, MiB": f"{sizes[name] / MIB:.2f}" if name in sizes else "",
+        }
+        for name, values in times.items()
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print what came out."""
     parser = argparse.ArgumentParser(description="Measure what sessions save.")
     commands = parser.add_subparsers(required=True)
-    for function in (ask, memory):
+    for function in (ask, memory, server):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         command.add_argument("-m", "--model", type=Path, required=True, metavar="GGUF")
@@ -143,6 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
         command.add_argument("--rounds", type=int, default=3)
         command.add_argument("--pages", type=int, default=20, help="that are open (20)")
+        command.add_argument(
+            "--llama-server", type=Path, default="llama-server", help="llama.cpp's server (llama-server)"
+        )
     options = parser.parse_args(arguments)
     print(markdown(options.function(options)))
 
