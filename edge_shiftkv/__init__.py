@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from edge_shiftkv.prompts.images import load_image
     from edge_shiftkv.request import Options
-    from edge_shiftkv.results import Completion, DraftFigures, Figures
+    from edge_shiftkv.results import Completion, DraftFigures, Figures, TokenLogprob, TokenLogprobs
     from edge_shiftkv.runtime import Runtime
     from edge_shiftkv.sampling import Sampling
     from edge_shiftkv.selection.heatmap import heatmap
@@ -63,7 +63,7 @@ _WHERE = {
     ),
     "prompts.images": ("load_image",),
     "request": ("Options",),
-    "results": ("Completion", "DraftFigures", "Figures"),
+    "results": ("Completion", "DraftFigures", "Figures", "TokenLogprob", "TokenLogprobs"),
     "runtime": ("Runtime",),
     "sampling": ("Sampling",),
     "selection.heatmap": ("heatmap",),
@@ -109,6 +109,8 @@ __all__ = [
     "Stream",
     "StreamingLLM",
     "TimeLimitError",
+    "TokenLogprob",
+    "TokenLogprobs",
     "heatmap",
     "load_image",
 ]

@@ -13,12 +13,13 @@ from edge_shiftkv.engine.engine import Engine, Progress
 from edge_shiftkv.engine.prefilled import Prefilled
 from edge_shiftkv.engine.slot import Decoder, Slot
 from edge_shiftkv.errors import ClosedError, ContextOverflowError
+from edge_shiftkv.grammar import Grammar
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.prompt import Continued, Prompt
 from edge_shiftkv.request import Request
-from edge_shiftkv.results import Completion, Figures, FinishReason
+from edge_shiftkv.results import Completion, Figures, FinishReason, TokenLogprobs
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.selection.results import Selection
 from edge_shiftkv.speculative.loop import Drafting
@@ -95,6 +96,8 @@ class Requests:
         with self._turn.taken():
             self._check_open()
             request.sampling.check(self.engine.model.n_vocab)
+            if request.sampling.gbnf:
+                Grammar(self.engine.model, request.sampling.gbnf).close()  # so that errors come now
             self._end_active()
             interrupt.begin(request.time_limit)
             prompt = (make_prompt or self.engine.prompt)(conversation)
@@ -104,7 +107,9 @@ class Requests:
                 if n_held < self.n_ctx:  # it is the model that knows no more positions
                     raise too_long(prompt.n_tokens, max(self.n_ctx, self.engine.model.n_ctx_train))
                 raise too_long(n_held, self.n_ctx, prompt.n_image_tokens)
-            stream = Stream(self._answer(prompt, conversation, request, read, wrote), self._turn, interrupt.cancel)
+            logprobs: list[TokenLogprobs] | None = None if request.sampling.logprobs is None else []
+            steps = self._answer(prompt, conversation, request, read, wrote, logprobs)
+            stream = Stream(steps, self._turn, interrupt.cancel, logprobs)
             self._active = weakref.ref(stream)
         return stream
 
@@ -150,6 +155,7 @@ class Requests:
         request: Request,
         read: Read,
         wrote: Callable[[Prefilled, str], None] | None,
+        logprobs: list[TokenLogprobs] | None,
     ) -> Generator[str, None, Completion]:
         model, drafting = self.engine.model, self.drafting
         room = self._room(prompt)
@@ -175,6 +181,8 @@ class Requests:
             finish_reason: FinishReason = "stop"
             while not model.ends_generation(token):
                 tokens.append(token)
+                if logprobs is not None:
+                    logprobs.append(sampler.logprobs[len(tokens) - 1])
                 if text := assembler.push(model.piece(token)):
                     pieces.append(text)
                     yield text
@@ -198,7 +206,8 @@ class Requests:
             tokens_per_second=decoder.steps / decoder.seconds if decoder.steps else None,
             draft=decoder.figures,
         )
-        return Completion(text, finish_reason, figures, begun.selection)
+        noted = None if logprobs is None else tuple(logprobs)
+        return Completion(text, finish_reason, figures, begun.selection, noted)
 
 
 def too_long(n_tokens: int, n_ctx: int, n_image_tokens: int = 0) -> ContextOverflowError:

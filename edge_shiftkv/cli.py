@@ -123,6 +123,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="default: 1.0, which is off")
     group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
     group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="default: 0.0, which is off")
+    keeps = group.add_mutually_exclusive_group()
+    keeps.add_argument("--grammar-file", type=Path, metavar="GBNF", help="answers keep to the grammar in this file")
+    keeps.add_argument("--json-schema", type=Path, metavar="JSON", help="answers are JSON of the schema in this file")
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -69,14 +70,38 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was.
+
+    token: its text; what is no whole character of its own is replaced.
+    bytes: the same, as it is; none for control tokens.
+    logprob: the natural logarithm of its probability by the model's own logits, without biases, penalties, temperature,
+        filters or grammar.
+    """
+
+    token: str
+    bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs(TokenLogprob):
+    """The same of a token of an answer, with the most likely tokens in its place, the best one first."""
+
+    top: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True)
 class Completion:
     """An answer.
 
     finish_reason: "stop" when the model ended it or a stop string was met, "length" when max_tokens or n_ctx was met.
     selection: what was kept of the prompt's KV pairs; None where nothing was cut.
+    logprobs: of each token of the answer, those of a stop string among them, where `Options` asked for them.
     """
 
     text: str
     finish_reason: FinishReason
     figures: Figures
     selection: Selection | None
+    logprobs: Sequence[TokenLogprobs] | None = None

@@ -8,32 +8,30 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from PIL import Image
+from typing_extensions import Unpack
 
 from edge_shiftkv import chat_schema, session_file
 from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
+from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.engine import Engine, KeptContext, Progress
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
-from edge_shiftkv.errors import PromptError, SettingError
+from edge_shiftkv.errors import PromptError
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import AllowHttp, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
+from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of, takes_options
 from edge_shiftkv.results import Completion
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.session import Session
 from edge_shiftkv.speculative.loop import Drafting
 from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 
 _SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
 
@@ -54,10 +52,10 @@ class Runtime(Closing):
         None keeps all. Can be set later.
     kv_method: how they are selected: a configuration, the name of one in `METHODS`, or a `ScoringMethod` of your own;
         None is "mixed". Can be set later.
-    n_ctx: the most tokens of prompt and answer together; None takes what the model was trained with.
+    n_ctx: the most tokens of prompt and answer together; None or 0 takes what the model was trained with.
     type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
-    n_threads: CPU threads; None takes all this process may use.
+    n_threads: CPU threads; None or -1 takes all this process may use.
     keep_prompt: whether the large context stays, too: a request that begins like the one before, as the next turn of a
         conversation does, then only reads what is new. It costs the memory of a whole prompt's KV pairs. Without a
         budget there is only one context, which stays in any case.
@@ -97,8 +95,8 @@ class Runtime(Closing):
     ) -> None:
         self.kv_budget = kv_budget
         self.kv_method = kv_method
-        if n_ctx is not None and n_ctx < 1:
-            raise SettingError(f"n_ctx is {n_ctx}: it has to be >= 1, or None for the model's own")
+        if n_ctx is not None:
+            check_number("n_ctx", n_ctx, 0, whole=True, note="None or 0 is the model's own")
         self._path = Path(model)
         self._allow_http = allow_http
         self._image_root = None if image_root is None else Path(image_root)
@@ -181,6 +179,7 @@ class Runtime(Closing):
     def __reduce__(self) -> Any:
         raise TypeError("a runtime cannot be pickled: make one in the process that uses it")
 
+    @takes_options
     def generate(
         self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False, **options: Unpack[Options]
     ) -> Completion:
@@ -195,16 +194,24 @@ class Runtime(Closing):
         after `cancel`, and TimeLimitError after `time_limit` seconds; BusyError when another thread is being answered;
         ShiftKVError when llama.cpp fails or the model's KV cache cannot be cut. The runtime can be used on after any
         of them.
+
+        The options are those of `Options`: what they are for is there and at `Sampling`.
+
+        Example: ``runtime.generate("What is the total?", ["receipt.png"], max_tokens=20).text``
         """
         stream = self.stream(prompt, images, raw=raw, **options)
         for _ in stream:
             pass
         return stream.completion
 
+    @takes_options
     def stream(
         self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False, **options: Unpack[Options]
     ) -> Stream:
         """`generate`, piece by piece. What is wrong with the request is raised here, not by the stream."""
+        if not isinstance(prompt, str):
+            hint = "; messages go to create_chat_completion" if isinstance(prompt, Sequence) else ""
+            raise PromptError(f"the prompt has to be text, not {prompt!r:.200}{hint}")
         if not prompt.strip() and not images:
             raise PromptError("the prompt is empty")
         pictures = self._load(images)
@@ -269,48 +276,66 @@ class Runtime(Closing):
     ) -> Session:
         budget = self.kv_budget if kv_budget == "runtime" else check_budget(kv_budget)
         method = self.kv_method if kv_method is None else method_of(kv_method)
-        session = Session(self._requests, about, self._load_one, budget, method)
+        session = Session(self._requests, about, self._load, budget, method)
         self._sessions.add(session)
         return session
 
     @overload
     def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Unpack[Options]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[False] | None = False,
+        **options: Unpack[chat_schema.Body],
     ) -> dict[str, Any]: ...
 
     @overload
     def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Unpack[Options]
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Unpack[chat_schema.Body]
     ) -> Iterator[dict[str, Any]]: ...
 
+    @takes_options
     def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Unpack[Options]
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool | None = False, **options: Unpack[chat_schema.Body]
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
-        """Continue a conversation in the OpenAI schema: a ``chat.completion``, or an iterator of its chunks.
+        """Answer a conversation in the OpenAI schema: a ``chat.completion``, or an iterator of its chunks.
 
-        `image_url` parts take paths, ``data:`` and ``file:`` URLs and PIL images, and http(s) URLs where the runtime
-        allows them. The answer and the last chunk have the figures under "figures" next to "usage".
+        It takes what clients send, ``create_chat_completion(**body)``: beside the options of a request what
+        `chat_schema.Body` has. `image_url` parts take paths, ``data:`` and ``file:`` URLs and PIL images, and http(s)
+        URLs where the runtime allows them. Roles are system, developer (the same), user, assistant and tool. The last
+        message cannot be the assistant's: answers are not continued. The answer and the last chunk have the figures
+        under "figures" next to "usage".
 
-        Raises what `generate` raises, and PromptError for messages that are not in the schema.
+        Raises what `generate` raises, PromptError for messages that are not in the schema, and SettingError for what
+        is not supported.
+
+        Example::
+
+            reply = runtime.create_chat_completion(
+                [{"role": "user", "content": "Name a colour."}],
+                response_format={"type": "json_schema", "json_schema": {"schema": {"enum": ["red", "green"]}}},
+            )
+            reply["choices"][0]["message"]["content"]
         """
-        conversation = Conversation(
-            chat_schema.parse_messages(messages, allow_http=self._allow_http, image_root=self._image_root)
-        )
-        answer = self._stream(conversation, options)
-        if stream:
-            return chat_schema.chunks(answer, model=str(self._path))
+        body = {"messages": messages, "stream": stream, **options}
+        asked = chat_schema.read_body(body, allow_http=self._allow_http, image_root=self._image_root)
+        answer = self._stream(Conversation(asked.messages), asked.options)
+        model = str(self._path) if asked.model is None else asked.model
+        if asked.stream:
+            return chat_schema.chunks(answer, model, include_usage=asked.include_usage)
         for _ in answer:
             pass
-        return chat_schema.completion(answer.completion, model=str(self._path))
+        return chat_schema.completion(answer.completion, model)
 
     def _load(self, images: Sequence[ImageSource]) -> list[Image.Image]:
-        return [self._load_one(image) for image in images]
-
-    def _load_one(self, image: ImageSource) -> Image.Image:
-        return load_image(image, allow_http=self._allow_http, image_root=self._image_root)
+        if isinstance(images, str | bytes | os.PathLike | Image.Image) or not isinstance(images, Sequence):
+            hint = f"images=[{str(images)!r:.200}]" if isinstance(images, str | os.PathLike) else "images=[picture]"
+            raise PromptError(f"images has to be a list of pictures: pass {hint}")
+        return [load_image(image, allow_http=self._allow_http, image_root=self._image_root) for image in images]
 
     def _stream(self, conversation: Conversation, options: Options) -> Stream:
-        settings: dict[str, Any] = {"kv_budget": self.kv_budget, "kv_method": self.kv_method, **options}
+        settings: dict[str, Any] = {"kv_budget": self.kv_budget, **options}
+        settings["kv_method"] = options.get("kv_method") or self.kv_method
         request = Request.of(**settings)
         return self._requests.stream(conversation, request, self._read)
 

@@ -13,18 +13,24 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
-from edge_shiftkv.errors import ClosedError, SettingError
+from edge_shiftkv.checks import check_number
+from edge_shiftkv.errors import ClosedError, SettingError, ShiftKVError
+from edge_shiftkv.grammar import Grammar, check_gbnf, gbnf_of_schema
 from edge_shiftkv.native.llama import Model
+from edge_shiftkv.results import TokenLogprob, TokenLogprobs
 
 _MAX_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED, which means none
 _PENALTY_WINDOW = 64  # llama.cpp's default
 _MANY = 4096  # choices beyond which bounds are cheaper than noise
+
+_Entry = TypeVar("_Entry", bound=TokenLogprob)
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -33,6 +39,9 @@ Ints = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: logit_bias, penalties, top_k, top_p, min_p and temperature, applied in this order.
+
+    A grammar comes last: of the tokens that the filters leave, those are drawn from that it allows; where that is none,
+    the filters are applied to all that it allows. So it costs little, and changes nothing while the model keeps to it.
 
     temperature: 0 takes the most likely token, whatever top_k, top_p and min_p are.
     top_k: keep the k most likely tokens; 0 keeps all.
@@ -43,6 +52,10 @@ class Sampling:
     presence_penalty: subtracted from the logit of a token among these 64; 0 is off.
     frequency_penalty: the same, for each time it is among them.
     logit_bias: token -> what is added to its logit; -inf bans it.
+    grammar: GBNF, whose rule ``root`` the answer keeps to; see `grammar.check_gbnf`.
+    json_schema: the answer is JSON of this schema, as far as `grammar.gbnf_of_schema` knows it. One that max_tokens
+        ends is the beginning of that.
+    logprobs: how many alternatives to note for each token, 0 to 20; None notes nothing.
 
     Raises SettingError when a value is out of its range.
     """
@@ -56,30 +69,42 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
+    grammar: str | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SettingError(f"temperature is {self.temperature}: it has to be a finite number >= 0")
-        if self.top_k < 0:
-            raise SettingError(f"top_k is {self.top_k}: it has to be >= 0 (0 keeps all tokens)")
-        if not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p is {self.top_p}: it has to be in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise SettingError(f"min_p is {self.min_p}: it has to be in [0, 1]")
-        if self.seed is not None and not 0 <= self.seed < _MAX_SEED:
-            raise SettingError(f"seed is {self.seed}: it has to be in [0, {_MAX_SEED})")
-        if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
-            raise SettingError(f"repeat_penalty is {self.repeat_penalty}: it has to be a finite number > 0 (1 is off)")
+        check_number("temperature", self.temperature, 0)
+        check_number("top_k", self.top_k, 0, whole=True, note="0 keeps all tokens")
+        check_number("top_p", self.top_p, 0, 1, above=True)
+        check_number("min_p", self.min_p, 0, 1)
+        if self.seed is not None:
+            check_number("seed", self.seed, 0, _MAX_SEED - 1, whole=True)
+        check_number("repeat_penalty", self.repeat_penalty, 0, above=True, note="1 is off")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise SettingError(f"{name} is {value}: it has to be a finite number (0 is off)")
-        if any(math.isnan(bias) or bias == math.inf for bias in (self.logit_bias or {}).values()):
-            raise SettingError("a logit_bias is not a number: use finite ones, or -inf to ban a token")
+            check_number(name, getattr(self, name), note="0 is off")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise SettingError(f"logit_bias is {self.logit_bias!r}: it has to map tokens to numbers"[:1000])
+        for token, bias in (self.logit_bias or {}).items():
+            if bias != -math.inf:
+                check_number(f"the logit_bias of token {token!r}", bias, note="or -inf to ban the token")
+        if self.logprobs is not None:
+            check_number("logprobs", self.logprobs, 0, 20, whole=True)
+        if self.grammar is not None and self.json_schema is not None:
+            raise SettingError("there are a grammar and a json_schema: pass one of them")
+        if self.grammar is not None:
+            check_gbnf(self.grammar)
+        _ = self.gbnf
+
+    @cached_property
+    def gbnf(self) -> str | None:
+        """The grammar that answers keep to, by itself or made of the schema."""
+        return self.grammar if self.json_schema is None else gbnf_of_schema(self.json_schema)
 
     def check(self, n_vocab: int) -> None:
         """Raise SettingError for a bias on what is none of a vocabulary's `n_vocab` tokens."""
         for token in self.logit_bias or ():
-            if not isinstance(token, int) or not 0 <= token < n_vocab:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < n_vocab:
                 raise SettingError(f"logit_bias for token {token!r}: the model's tokens are 0 to {n_vocab - 1}")
 
     @property
@@ -171,6 +196,9 @@ class Sampler:
 
     noise: what it draws with.
     n_drawn: tokens of the answer so far.
+    logprobs: how likely each was, where that is wanted.
+
+    Raises SettingError for a grammar that llama.cpp does not take.
     """
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
@@ -182,38 +210,89 @@ class Sampler:
         self._biased = np.array([*biases], np.int64)
         self._biases = np.array([*biases.values()], np.float32)
         self._recent: deque[int] = deque(maxlen=_PENALTY_WINDOW)
+        self.logprobs: list[TokenLogprobs] = []
+        self._model = model
+        self._seen: npt.NDArray[np.float32] | None = None  # the logits that the next token is drawn from
+        self._grammar = Grammar(model, sampling.gbnf) if sampling.gbnf else None
         self._filters = _Filters(model.n_vocab, sampling) if sampling.temperature > 0 else None
 
     def close(self) -> None:
-        """Free the filters."""
+        """Free the filters and the grammar."""
         self._n_vocab = 0
+        if self._grammar:
+            self._grammar.close()
         if self._filters:
             self._filters.close()
 
     def sample(self, outputs: Outputs, output: int = -1) -> int:
         """Draw the answer's next token from one of the logits of the last `decode`."""
         logits = outputs.logits(output)
-        if self._filters is None:
-            token = int(np.argmax(self._adjusted(logits)))
-        else:
-            token = self.noise.pick(self.n_drawn, self.choices(logits))
+        adjusted = self._adjusted(logits)
+        choices = self._filtered(adjusted)
+        token = self._pick(choices)
+        # The one that is drawn from all is, if it is allowed, the one that is drawn from those allowed.
+        if self._grammar and not self._grammar.allows(np.array([token]))[0]:
+            token = self._pick(self._allowed(self._grammar, choices, adjusted))
+        self._seen = logits
         self.accept(token)
         return token
 
     def choices(self, logits: npt.NDArray[np.float32]) -> Choices:
         """The tokens that the next one is drawn from, by logits of shape [n_vocab]."""
+        self._seen = logits
+        adjusted = self._adjusted(logits)
+        choices = self._filtered(adjusted)
+        return self._allowed(self._grammar, choices, adjusted) if self._grammar else choices
+
+    def accept(self, token: int) -> None:
+        """Note the answer's next token. Raises ShiftKVError for one that the grammar does not allow."""
+        if self._grammar:
+            self._grammar.accept(token)
+        if self._seen is not None and self.sampling.logprobs is not None:
+            self.logprobs.append(self._logprobs(token, self._seen))
+        self._seen = None
+        self.n_drawn += 1
+        self._recent.append(token)
+
+    def _filtered(self, adjusted: npt.NDArray[np.float32]) -> Choices:
         if not self._n_vocab:
             raise ClosedError("the sampler is closed")
-        adjusted = self._adjusted(logits)
         if self._filters is None:
             best = np.argmax(adjusted)
             return Choices(np.array([best]), np.zeros(1))
         return self._filters.apply(adjusted)
 
-    def accept(self, token: int) -> None:
-        """Note the answer's next token."""
-        self.n_drawn += 1
-        self._recent.append(token)
+    def _pick(self, choices: Choices) -> int:
+        if self._filters is None:
+            return int(choices.tokens[0])
+        return self.noise.pick(self.n_drawn, choices)
+
+    def _allowed(self, grammar: Grammar, choices: Choices, adjusted: npt.NDArray[np.float32]) -> Choices:
+        """Those of the filters' choices that the grammar allows; or, if that is none, the filters' choices of those."""
+        allowed = grammar.allows(choices.tokens) & (adjusted[choices.tokens] > -np.inf)
+        if allowed.any():
+            return Choices(choices.tokens[allowed], choices.scores[allowed])
+        allowed = grammar.allows(np.arange(self._n_vocab)) & (adjusted > -np.inf)
+        if not allowed.any():
+            raise ShiftKVError("the answer cannot go on: no token that the model may use keeps to the grammar")
+        choices = self._filtered(np.where(allowed, adjusted, np.float32(-np.inf)))
+        left = allowed[choices.tokens]
+        return Choices(choices.tokens[left], choices.scores[left])
+
+    def _logprobs(self, token: int, logits: npt.NDArray[np.float32]) -> TokenLogprobs:
+        scores = logits.astype(np.float64)
+        scores -= scores.max()
+        scores -= math.log(np.exp(scores).sum())
+        n = self.sampling.logprobs or 0
+        best = np.argpartition(-scores, n - 1)[:n] if n < len(scores) else np.arange(len(scores))
+        best = best[np.argsort(-scores[best], kind="stable")] if n else best[:0]
+
+        def entry(kind: type[_Entry], token: int, **more: Any) -> _Entry:
+            piece = self._model.piece(token)
+            return kind(piece.decode(errors="replace"), piece, float(scores[token]), **more)
+
+        top = tuple(entry(TokenLogprob, int(other)) for other in best)
+        return entry(TokenLogprobs, token, top=top)
 
     def _adjusted(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The logits with biases and penalties, [n_vocab]; llama.cpp's own would look up each of its tokens."""

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
+from typing_extensions import Unpack
 
 from edge_shiftkv import session_file
 from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin, cut, too_long
@@ -23,16 +24,13 @@ from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import ImageSource
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Continued, Head
-from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of
+from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of, takes_options
 from edge_shiftkv.results import Completion
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.selection.results import Selection
 from edge_shiftkv.session_file import Saved
 from edge_shiftkv.speculative.loop import Drafting
 from edge_shiftkv.stream import Stream
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _ROOM = 1024  # tokens for a question and its answer in the context that holds what they are about
 _CUT_ROOM = 192  # the same for what was cut, of which many may be open; it grows when it has to
@@ -58,7 +56,7 @@ class Session(Closing):
         self,
         requests: Requests,
         about: list[Message],
-        load: Callable[[ImageSource], Image.Image],
+        load: Callable[[Sequence[ImageSource]], list[Image.Image]],
         kv_budget: Budget,
         kv_method: Method | ScoringMethod,
     ) -> None:
@@ -79,6 +77,7 @@ class Session(Closing):
         self._conversation = Conversation(about)
         self._closed = False
 
+    @takes_options
     def ask(self, question: str, **options: Unpack[Options]) -> Completion:
         """Answer a question about what was read, as if it were the first.
 
@@ -88,6 +87,7 @@ class Session(Closing):
         """
         return _whole(self.stream(question, **options))
 
+    @takes_options
     def stream(self, question: str, **options: Unpack[Options]) -> Stream:
         """`ask`, piece by piece."""
         self._check_open()
@@ -95,6 +95,7 @@ class Session(Closing):
             raise SettingError("the session was cut already: kv_budget and kv_method have no effect any more")
         return self._stream(self._asked(question), self._read_question, options)
 
+    @takes_options
     def reply(self, text: str, images: Sequence[ImageSource] = (), **options: Unpack[Options]) -> Completion:
         """Go on after the last answer, which the model then knows, in the KV cache that it was written in.
 
@@ -106,12 +107,13 @@ class Session(Closing):
         """
         return _whole(self.stream_reply(text, images, **options))
 
+    @takes_options
     def stream_reply(self, text: str, images: Sequence[ImageSource] = (), **options: Unpack[Options]) -> Stream:
         """`reply`, piece by piece."""
         self._check_open()
         if not self._turns:
             raise PromptError("there is no answer to reply to: ask first")
-        pictures = [self._load(image) for image in images]
+        pictures = self._load(images)
         return self._stream([*self._turns, Message("user", (*pictures, text))], self._read_reply, options)
 
     def cut(self, budget: Budget = None, kv_method: Method | ScoringMethod | str | None = None) -> None:
@@ -147,7 +149,8 @@ class Session(Closing):
                 context.close()
 
     def _stream(self, messages: list[Message], read: Callable[[Any, Beginning], Begun], options: Options) -> Stream:
-        settings: dict[str, Any] = {"kv_budget": self._kv_budget, "kv_method": self._kv_method, **options}
+        settings: dict[str, Any] = {"kv_budget": self._kv_budget, **options}
+        settings["kv_method"] = options.get("kv_method") or self._kv_method
         request = Request.of(**settings)
 
         conversation = self._conversation = Conversation(messages)

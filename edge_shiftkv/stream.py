@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.errors import BusyError, ClosedError, ShiftKVError
-from edge_shiftkv.results import Completion
+from edge_shiftkv.results import Completion, TokenLogprobs
 
 _POLL_S = 0.002
 
@@ -50,9 +50,18 @@ class Stream(Closing):
 
     Closing it, or starting another request in the same runtime, ends it early. So does `cancel`, from any thread:
     whoever waits for the next piece gets a CancelledError.
+
+    logprobs: of the tokens so far, as in `Completion`; text may come later than its tokens.
     """
 
-    def __init__(self, steps: Generator[str, None, Completion], turn: Turn, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        steps: Generator[str, None, Completion],
+        turn: Turn,
+        cancel: Callable[[], None],
+        logprobs: Sequence[TokenLogprobs] | None = None,
+    ) -> None:
+        self.logprobs = logprobs
         self._steps = steps
         self._turn = turn
         self._cancel = cancel

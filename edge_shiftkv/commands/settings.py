@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from edge_shiftkv.engine.engine import Progress
+from edge_shiftkv.errors import SettingError
 from edge_shiftkv.prompts.images import AllowHttp
 from edge_shiftkv.request import Options
 from edge_shiftkv.runtime import Runtime
@@ -39,7 +41,7 @@ def load_runtime(arguments: argparse.Namespace, progress: Progress | None = None
 
 
 def request_options(arguments: argparse.Namespace) -> Options:
-    """How answers are written."""
+    """How answers are written. Raises SettingError for a file that cannot be read."""
     return Options(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
@@ -50,5 +52,15 @@ def request_options(arguments: argparse.Namespace) -> Options:
         repeat_penalty=arguments.repeat_penalty,
         presence_penalty=arguments.presence_penalty,
         frequency_penalty=arguments.frequency_penalty,
+        grammar=_text(arguments.grammar_file),
+        json_schema=_text(arguments.json_schema),
         stop=arguments.stop,
     )
+
+
+def _text(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise SettingError(f"{path}: {reason}") from error

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, Prefilled, prefill_batch
 from edge_shiftkv.errors import SettingError
@@ -50,14 +51,14 @@ class Engine(Closing):
         for name in (type_k, type_v):
             if name not in KV_TYPES:
                 raise SettingError(f"KV type {name!r} is not known: use one of {', '.join(KV_TYPES)}")
-        if n_threads is not None and n_threads < 1:
-            raise SettingError(f"n_threads is {n_threads}: it has to be >= 1, or None for all")
-        if image_cache < 0:
-            raise SettingError(f"image_cache is {image_cache}: it has to be MiB >= 0 (0 keeps no embeddings)")
+        if n_threads is None or n_threads == -1:
+            n_threads = usable_cpus()
+        check_number("n_threads", n_threads, 1, whole=True, note="None or -1 takes all")
+        check_number("image_cache", image_cache, 0, note="MiB; 0 keeps no embeddings")
         self.path, self.mmproj_path = Path(model), None if mmproj is None else Path(mmproj)
         self.type_k, self.type_v = type_k, type_v
         self.n_gpu_layers = n_gpu_layers
-        self.n_threads = n_threads or usable_cpus()
+        self.n_threads = n_threads
         self.interrupt = Interrupt()
 
         with ExitStack() as resources:

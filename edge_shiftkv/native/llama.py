@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -70,6 +71,12 @@ class Model(Handle):
         if llama.llama_model_has_encoder(self.pointer) or not llama.llama_model_has_decoder(self.pointer):
             self.close()
             raise ModelError(f"{path}: models with a text encoder are not supported, only those that continue a text")
+
+    @property
+    def vocab(self) -> Any:
+        """The native vocabulary, a `llama_vocab *`. Raises ClosedError after `close`."""
+        _ = self.pointer
+        return self._vocab
 
     @cached_property
     def n_ctx_train(self) -> int:

@@ -50,6 +50,8 @@ def load_image(source: ImageSource, *, allow_http: AllowHttp = False, image_root
     """
     if isinstance(source, Image.Image):
         return _rgb(source, "the image")
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(f"a picture has to be a path, a URL or a PIL image, not {type(source).__name__}")
     name = os.fspath(source)
     short = name if len(name) <= 80 else f"{name[:60]}..."
     short = "".join(letter if letter.isprintable() else "?" for letter in short)

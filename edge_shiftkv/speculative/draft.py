@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -299,8 +299,8 @@ class Draft:
     def _turn_to(self, prompt: Sequence[int], sampling: Sampling, noise: Noise, rule: Rule) -> None:
         self.end()
         self._held = _Held(list(prompt[-_TAIL:]), rule)
-        plain = replace(sampling, repeat_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None)
-        self._sampler = Sampler(self.model, plain)
+        filters = Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed)
+        self._sampler = Sampler(self.model, filters)
         rule.begin(DraftSide(self._sampler, noise, lambda: self._stand_ins))
 
     def _hold(self, prompt: list[int]) -> None:

@@ -1,8 +1,10 @@
 """Bad input is refused with a message that says what was wrong, and the runtime serves the next request."""
 
 import math
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from support import tiny_models
 
@@ -64,8 +66,11 @@ def test_the_mmproj_of_another_model(tiny, tmp_path):
     [
         ({"kv_budget": 1}, "kv_budget is 1"),
         ({"kv_budget": -3}, "kv_budget is -3"),
-        ({"n_ctx": 0}, "n_ctx is 0"),
+        ({"n_ctx": -1}, "n_ctx is -1"),
+        ({"n_ctx": "512"}, "n_ctx is '512'"),
         ({"n_threads": 0}, "n_threads is 0"),
+        ({"n_threads": 1.5}, "n_threads is 1.5"),
+        ({"kv_method": 3}, "kv_method is 3"),
         ({"type_k": "f17"}, "KV type 'f17' is not known: use one of f32, f16"),
     ],
 )
@@ -117,19 +122,44 @@ def test_a_chat_template_that_would_not_end_for_some_conversations(tmp_path):
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
-        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": -2}, "top_k is -2"),
         ({"top_p": 0}, "top_p is 0"),
         ({"min_p": 1.5}, "min_p is 1.5"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -2}, "seed is -2"),
         ({"repeat_penalty": 0}, "repeat_penalty is 0"),
         ({"presence_penalty": math.inf}, "presence_penalty is inf"),
         ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
-        ({"logit_bias": {0: math.nan}}, "a logit_bias is not a number"),
+        ({"logit_bias": {0: math.nan}}, "the logit_bias of token 0 is nan"),
         ({"logit_bias": {10**6: 1.0}}, "logit_bias for token 1000000"),
         ({"logit_bias": {"7": 1.0}}, "logit_bias for token '7'"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"time_limit": 0}, "time_limit is 0"),
         ({"time_limit": math.nan}, "time_limit is nan"),
+        ({"max_tokens": -2}, "max_tokens is -2"),
+        ({"max_tokens": "5"}, "max_tokens is '5'"),
+        ({"max_tokens": 2.0}, "max_tokens is 2.0: it has to be a whole number"),
+        ({"temperature": "0.7"}, "temperature is '0.7': it has to be a finite number"),
+        ({"temperature": True}, "temperature is True"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"top_k": 3.5}, "top_k is 3.5: it has to be a whole number"),
+        ({"top_p": "1"}, "top_p is '1'"),
+        ({"min_p": [0.1]}, "min_p is"),
+        ({"seed": "1"}, "seed is '1'"),
+        ({"seed": 2**32 - 1}, "seed is 4294967295"),
+        ({"repeat_penalty": "1"}, "repeat_penalty is '1'"),
+        ({"presence_penalty": b"0"}, "presence_penalty is b'0'"),
+        ({"time_limit": "1"}, "time_limit is '1'"),
+        ({"logit_bias": [1, 2]}, "logit_bias is"),
+        ({"logit_bias": {1: "x"}}, "the logit_bias of token 1 is 'x'"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias for token True"),
+        ({"kv_budget": "128"}, "kv_budget is '128'"),
+        ({"kv_budget": 12.5}, "kv_budget is 12.5"),
+        ({"kv_method": 7}, "kv_method is 7"),
+        ({"stop": 3}, "stop is 3: it has to be text or a list of texts"),
+        ({"stop": ["a", 1]}, "stop is"),
+        ({"stop": b"x"}, "stop is b'x'"),
+        ({"logprobs": 21}, "logprobs is 21"),
+        ({"logprobs": True}, "logprobs is True"),
     ],
 )
 def test_options_out_of_range(runtime, options, message):
@@ -140,7 +170,57 @@ def test_options_out_of_range(runtime, options, message):
 
 def test_an_option_that_there_is_not(runtime):
     with pytest.raises(TypeError, match="unknown option 'mirostat': there are max_tokens, temperature"):
+        runtime.generate("x", mirostat=2)
+    with pytest.raises(SettingError, match="unknown option 'mirostat': there are messages, stream, max_tokens"):
         runtime.create_chat_completion([{"role": "user", "content": "x"}], mirostat=2)
+
+
+def test_none_is_the_default_and_minus_one_what_llama_cpp_means(runtime):
+    """Among them is the runtime's method, in the place of a request's."""
+    plain = {"max_tokens": 8, "temperature": 1.0, "seed": 3}
+    names = ("top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop")
+    nothing = dict.fromkeys((*names, "time_limit", "grammar", "json_schema", "logprobs", "kv_method"))
+    expected = runtime.generate(PROMPT, **plain)
+    assert runtime.generate(PROMPT, **plain, **nothing).text == expected.text
+    unlimited = {**plain, "top_k": 0, "min_p": 0.0, "top_p": 1.0}
+    assert runtime.generate(PROMPT, **{**unlimited, "top_k": -1}).text == runtime.generate(PROMPT, **unlimited).text
+    drawn = {runtime.generate(PROMPT, **{**unlimited, "seed": -1, "temperature": 3.0}).text for _ in range(4)}
+    assert len(drawn) > 1
+    long = runtime.generate("abc", raw=True, max_tokens=-1, logit_bias={1: 1000.0})
+    assert long.figures.generated_tokens + long.figures.prompt_tokens == runtime.n_ctx
+    method, runtime.kv_method, runtime.kv_budget = runtime.kv_method, "streamingllm", 16
+    try:
+        kept = runtime.generate(PROMPT, max_tokens=1, kv_method=None).selection.kept(0, 0).tolist()
+        assert kept == runtime.generate(PROMPT, max_tokens=1, kv_method="streamingllm").selection.kept(0, 0).tolist()
+        assert kept != runtime.generate(PROMPT, max_tokens=1, kv_method="mixed").selection.kept(0, 0).tolist()
+    finally:
+        runtime.kv_method = method
+
+
+def test_a_runtime_with_the_models_own_context_and_all_threads(tiny, monkeypatch):
+    monkeypatch.setattr("edge_shiftkv.engine.engine.usable_cpus", lambda: 3)
+    with Runtime(tiny.text, n_ctx=0, n_threads=-1) as runtime:
+        assert (runtime.n_ctx, runtime.engine.n_threads) == (1024, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "error", "message"),
+    [
+        ("x", "a.png", PromptError, r"pass images=\['a.png'\]"),
+        ("x", Path("a.png"), PromptError, r"pass images=\['a.png'\]"),
+        ("x", b"a.png", PromptError, "images has to be a list"),
+        ("x", PIL.Image.new("RGB", (4, 4)), PromptError, "images has to be a list"),
+        ("x", 7, PromptError, "images has to be a list"),
+        ("x", [7], ImageError, "a picture has to be a path, a URL or a PIL image, not int"),
+        ([{"role": "user", "content": "x"}], [], PromptError, "messages go to create_chat_completion"),
+        (7, [], PromptError, "the prompt has to be text, not 7"),
+        (None, ["a.png"], PromptError, "the prompt has to be text, not None"),
+    ],
+)
+def test_what_is_no_prompt_and_no_list_of_pictures(runtime, prompt, images, error, message):
+    with pytest.raises(error, match=message):
+        runtime.generate(prompt, images)
+    assert runtime.generate(PROMPT, max_tokens=1).text
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])

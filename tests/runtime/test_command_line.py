@@ -80,6 +80,22 @@ def test_run_takes_every_setting(run):
     assert out != run("--kv-budget", "24")[1]
 
 
+def test_run_keeps_to_a_grammar_or_a_schema(run, tmp_path, capsys):
+    (tmp_path / "a.gbnf").write_text('root ::= "yes" | "no"')
+    (tmp_path / "a.json").write_text('{"enum": ["red", "green"]}')
+    assert run("--grammar-file", str(tmp_path / "a.gbnf"))[:2] in ((0, "yes\n"), (0, "no\n"))
+    status, out, _ = run("--json-schema", str(tmp_path / "a.json"), "-n", "40")
+    assert status == 0
+    assert json.loads(out) in ("red", "green")
+    with pytest.raises(SystemExit):
+        run("--json-schema", str(tmp_path / "a.json"), "--grammar-file", str(tmp_path / "a.gbnf"))
+    assert "not allowed with" in capsys.readouterr().err
+    (tmp_path / "a.gbnf").write_text('root ::= "yes')
+    assert run("--grammar-file", str(tmp_path / "a.gbnf"))[2].startswith("edge-shiftkv run: grammar, line 1: not GBNF")
+    (tmp_path / "a.gbnf").write_bytes(b"\xff\xff")
+    assert "a.gbnf: 'utf-8' codec" in run("--grammar-file", str(tmp_path / "a.gbnf"))[2]
+
+
 def test_run_draws_a_heat_map(run, tmp_path):
     status, _, err = run("--kv-budget", "24", "--heatmap", str(tmp_path / "map.png"))
     assert (status, err) == (0, f"heat map: {tmp_path / 'map.png'}\n")
@@ -94,6 +110,8 @@ def test_run_draws_a_heat_map(run, tmp_path):
         (["--image", "none.png"], "none.png: No such file or directory"),
         (["--kv-budget", "1"], "kv_budget is 1"),
         (["--temperature", "nan"], "temperature is nan"),
+        (["--grammar-file", "none.gbnf"], "none.gbnf: No such file"),
+        (["--json-schema", "."], ".: Is a directory"),
         (["--n-ctx", "20"], "n_ctx is 20"),
         (["--heatmap", "map.png"], "no heat map: the whole prompt is within the budget"),
         (["--kv-budget", "24", "--heatmap", "map.nothing"], "map.nothing: unknown file extension"),
@@ -187,6 +205,8 @@ class AskedError(Exception):
     """What a runtime was made with, and asked."""
 
 
+GRAMMAR, SCHEMA = "some.gbnf", "some.json"
+
 # Every option of `run` that reaches the runtime: an argument, the value it is passed on as, and by what name.
 SETTINGS = {
     "--model": ("some.gguf", "model", "some.gguf"),
@@ -215,13 +235,18 @@ REQUEST = {
     "--repeat-penalty": ("1.5", "repeat_penalty", 1.5),
     "--presence-penalty": ("0.5", "presence_penalty", 0.5),
     "--frequency-penalty": ("0.75", "frequency_penalty", 0.75),
+    "--grammar-file": (GRAMMAR, "grammar", 'root ::= "é"\n'),
+    "--json-schema": (SCHEMA, "json_schema", '{"enum": [1]}'),
     "--stop": ("END", "stop", ["END"]),
 }
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch, tmp_path):
     """A function: arguments to what the runtime is made with, and what it is asked."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / GRAMMAR).write_text('root ::= "é"\n', encoding="utf-8")
+    (tmp_path / SCHEMA).write_text('{"enum": [1]}', encoding="utf-8")
 
     class Recorder:
         def __init__(self, model, mmproj, **settings):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 
 import pytest
@@ -95,6 +96,48 @@ def test_the_noise_is_shared_all_is_accepted_of_the_same_model(pair, token_by_to
     with with_draft(pair.target, pair.same) as runtime:
         figures = runtime.generate(PROMPT, raw=True, max_tokens=40, **options).figures.draft
     assert figures.accepted == figures.drafted
+
+
+GRAMMARS = (
+    {"grammar": 'root ::= ("the " | "a ") ([a-z] [a-z]? [a-z]? " "){4,9} "end."'},
+    {
+        "json_schema": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "pattern": "^[a-z]{3,12}$"}, "n": {"type": "integer"}},
+            "required": ["word", "n"],
+        }
+    },
+)
+
+
+@pytest.mark.parametrize("options", [{}, *SAMPLED, PENALIZED[1]])
+@pytest.mark.parametrize("kept_to", GRAMMARS)
+def test_a_grammar_gives_one_answer_with_any_draft(pair, plain, kept_to, options):
+    request = {"raw": True, "max_tokens": 60, "logprobs": 2, **kept_to, **options}
+    expected = plain.generate(PROMPT, **request)
+    assert expected.finish_reason == "stop"
+    for which in ("draft", "same", "stranger"):
+        with with_draft(pair.target, getattr(pair, which)) as runtime:
+            answer = runtime.generate(PROMPT, **request)
+        assert (answer.text, answer.finish_reason) == (expected.text, "stop")
+        assert answer.figures.generated_tokens == expected.figures.generated_tokens
+        assert answer.logprobs == expected.logprobs
+        assert answer.figures.draft.drafted > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rule_of_the_paper_keeps_to_a_grammar(pair, seed):
+    """A proposal that the grammar does not allow has the probability 0 for the target."""
+    request = {"raw": True, "temperature": 1.0, "seed": seed, "top_k": 0, "max_tokens": 60}
+    accepted = 0
+    with with_draft(pair.target, pair.same, rule="tokentiming") as runtime:
+        for grammar in ('root ::= ("the" | "a") (" " [a-z]){5}', 'root ::= ([a-z] | " "){12}'):
+            answer = runtime.generate(PROMPT, grammar=grammar, logprobs=0, **request)
+            assert re.fullmatch("(the|a)( [a-z]){5}|[a-z ]{12}", answer.text)
+            assert answer.finish_reason == "stop"
+            assert len(answer.logprobs) == answer.figures.generated_tokens
+            accepted += answer.figures.draft.accepted
+    assert accepted > 0
 
 
 @pytest.mark.parametrize("options", [{}, *SAMPLED])

@@ -1,13 +1,17 @@
 """Noise and filters against numpy, llama.cpp's samplers and exact probabilities."""
 
 import ctypes
+from contextlib import closing
 from types import SimpleNamespace
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
+from edge_shiftkv import ShiftKVError
+from edge_shiftkv.native.llama import Model
 from edge_shiftkv.sampling import Choices, Noise, Sampler, Sampling
 
 N = 1000
@@ -175,3 +179,114 @@ def test_a_draw_does_not_depend_on_how_many_were_made(sampler):
     other.accept(drawn[0])
     other.accept(drawn[1])
     assert other.sample(outputs, -1) == drawn[2]
+
+
+LANGUAGE = [a + b * n + c for a in "ab" for b in "cd" for n in (1, 2) for c in ("", "th", "the", "e")]
+GBNF = 'root ::= [ab] ("c" "c"? | "d" "d"?) ("th" "e"? | "e")?'
+
+
+@pytest.fixture(scope="module")
+def letters(tiny):
+    """A model with tokens for letters and for "th" and "the"."""
+    with closing(Model(tiny.text, 0, vocab_only=True)) as model:
+        yield model
+
+
+def allowed_after(model, text):
+    """The tokens with which a text of LANGUAGE goes on or, where it is one, ends."""
+    result = set()
+    for token in range(model.n_vocab):
+        piece = model.piece(token).decode(errors="replace")
+        if model.ends_generation(token):
+            if text in LANGUAGE:
+                result.add(token)
+        elif piece and any(sentence.startswith(text + piece) for sentence in LANGUAGE):
+            result.add(token)
+    return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 1.0, "top_k": 3, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 1.3, "top_k": 0, "top_p": 0.5, "min_p": 0.0, "logit_bias": {97: -float("inf")}},
+    ],
+)
+def test_a_grammar_takes_from_what_the_filters_leave(sampler, letters, options):
+    """Or what they leave of all that it allows; and what is drawn is the best of them, with the noise."""
+    n_narrowed = n_filtered_anew = 0
+    for seed in range(40):
+        ours = sampler(letters, grammar=GBNF, seed=seed, **options)
+        free = sampler(letters, seed=seed, **options)
+        text = ""
+        for place in range(8):
+            values = logits(1000 * seed + place, letters.n_vocab)
+            values[[letters.tokenize(one)[0] for one in "abcde"]] += 3
+            allowed = allowed_after(letters, text)
+            left = free.choices(values)
+            expected = {t: x for t, x in zip(left.tokens.tolist(), left.scores, strict=True) if t in allowed}
+            expected = {token: score for token, score in expected.items() if score > -np.inf}
+            n_narrowed += 0 < len(expected) < len(left.tokens)
+            if not expected:
+                n_filtered_anew += 1
+                only = np.full_like(values, -np.inf)
+                only[[*allowed]] = values[[*allowed]]
+                left = free.choices(only)
+                expected = {t: x for t, x in zip(left.tokens.tolist(), left.scores, strict=True) if x > -np.inf}
+                if options["temperature"] == 0:
+                    expected = {max(allowed, key=lambda token: values[token]): 0.0}
+            choices = ours.choices(values)
+            got = dict(zip(choices.tokens.tolist(), choices.scores, strict=True))
+            assert got == pytest.approx(expected)
+            tokens = np.array([*expected])
+            best = int(tokens[np.argmax(np.array([*expected.values()]) + Noise(seed).gumbel(place, tokens))])
+            if options["temperature"] == 0:
+                best = tokens[0]
+            token = ours.sample(SimpleNamespace(logits=lambda _, values=values: values))
+            assert token == best
+            free.accept(token)
+            if letters.ends_generation(token):
+                break
+            text += letters.piece(token).decode()
+        assert text in LANGUAGE
+    assert n_filtered_anew > 5 or (options.get("top_p") == 1.0 and not options["top_k"])
+    assert n_narrowed > 5 or options["temperature"] == 0
+
+
+def test_what_a_grammar_does_not_allow_is_not_accepted(sampler, letters):
+    ours = sampler(letters, grammar=GBNF)
+    end = next(token for token in range(letters.n_vocab) if letters.ends_generation(token))
+    for token in (end, letters.tokenize("x")[0], letters.control_tokens["<|im_start|>"][0]):
+        with pytest.raises(ShiftKVError, match="the grammar does not allow"):
+            ours.accept(token)
+    for letter in "ac":
+        ours.accept(letters.tokenize(letter)[0])
+    ours.accept(end)
+    assert ours.n_drawn == 3
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 20])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_are_a_log_softmax(sampler, letters, temperature, n):
+    biased = {"logit_bias": {65: 5.0}, "repeat_penalty": 2.0}
+    ours = sampler(letters, temperature=temperature, seed=2, logprobs=n, **biased)
+    rows = [logits(place, letters.n_vocab) for place in range(12)]
+    drawn = [ours.sample(SimpleNamespace(logits=lambda _, row=row: row)) for row in rows]
+    assert len(ours.logprobs) == 12
+    for row, token, entry in zip(rows, drawn, ours.logprobs, strict=True):
+        expected = scipy.special.log_softmax(row.astype(np.float64))
+        assert entry.logprob == pytest.approx(expected[token], rel=1e-9)
+        assert entry.bytes == letters.piece(token)
+        order = np.argsort(-expected)[:n]
+        assert [other.bytes for other in entry.top] == [letters.piece(int(other)) for other in order]
+        assert [other.logprob for other in entry.top] == pytest.approx(expected[order].tolist(), rel=1e-9)
+
+
+def test_more_alternatives_than_tokens(sampler):
+    model = SimpleNamespace(n_vocab=4, suppressed_tokens=[], piece=lambda token: b"abcd"[token : token + 1])
+    ours = sampler(model, logprobs=20)
+    ours.sample(SimpleNamespace(logits=lambda _: np.array([0, 3, 1, 2], np.float32)))
+    assert [other.token for other in ours.logprobs[0].top] == ["b", "d", "c", "a"]
