@@ -142,7 +142,8 @@ def read_body(body: Mapping[str, Any], *, allow_http: AllowHttp = False, image_r
     options |= _max_tokens(body)
     options["logprobs"] = _logprobs(body)
     options["logit_bias"] = _logit_bias(body.get("logit_bias"))
-    if schema := _schema(body.get("response_format")):
+    schema = _schema(body.get("response_format"))
+    if schema is not None:
         if options.get("grammar") is not None or options.get("json_schema") is not None:
             raise SettingError("response_format cannot be had together with grammar or json_schema: pass one of them")
         options["json_schema"] = schema
@@ -209,7 +210,7 @@ def _schema(response_format: Any) -> Mapping[str, Any] | None:
         return _object("the schema of response_format", wanted.get("schema")) or {"type": "object"}
     if kind == "json_schema":
         named = _object("the json_schema of response_format", wanted.get("json_schema"))
-        if "schema" in named:
+        if named.get("schema") is not None:
             return _object("the schema of response_format", named["schema"])
         raise SettingError(
             'response_format has no schema: pass {"type": "json_schema", "json_schema": {"schema": ...}}'

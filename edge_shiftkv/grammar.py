@@ -28,11 +28,11 @@ from edge_shiftkv.native.llama import Model
 MAX_GBNF = 1 << 18
 """Characters of a grammar."""
 
-MAX_DEPTH = 500
+MAX_DEPTH = 1000
 """Brackets in brackets; and half of the rules that may begin with each other."""
 
-MAX_REPEATED = 2000
-"""Repetitions of one thing; llama.cpp's own limit."""
+MAX_REPEATED = 1000
+"""Repetitions of one thing in a JSON schema; llama.cpp takes no more."""
 
 _ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[trn\\\"\[\]-])"
 _TOKENS = re.compile(
@@ -48,10 +48,9 @@ _TOKENS = re.compile(
 
 
 _PATTERN = re.compile(r"(?:\\.|\[(?:\\.|[^\]\\])*\]|\{[^{}]*\}|[^\[\]{}\\])*", re.DOTALL)
-_ANY_LETTER = re.compile(
-    r'^char ::= \[\^"\\\\', re.MULTILINE
-)  # the converter's, in which JSON has no control characters
-_LIMITED = ("minItems", "maxItems", "minLength", "maxLength")
+# What the converter takes for a character in text; JSON has no control characters there.
+_ANY_LETTER = re.compile(r'^char ::= \[\^"\\\\', re.MULTILINE)
+_VALUES = ("const", "enum", "default", "examples")  # which are no schemas
 
 _Item = tuple[str | None, bool]
 """A rule's name, or None for characters; and whether it may be left out."""
@@ -64,8 +63,8 @@ def gbnf_of_schema(schema: Mapping[str, Any] | str) -> str:
     """The grammar for JSON of a schema, which may be JSON text itself, by llama-cpp-python's converter.
 
     It knows types, properties, required ones, arrays, enums, constants, references within the schema, lengths, patterns
-    from ^ to $, and the common formats. It leaves out what it does not know, as ranges of numbers, and additional
-    properties unless the schema names them.
+    from ^ to $ (without classes such as \\d), dates, times and UUIDs. It leaves out what it does not know, as ranges of
+    numbers, lengths above MAX_REPEATED, and additional properties unless the schema names them.
 
     Raises SettingError for a schema that it cannot convert.
     """
@@ -78,37 +77,42 @@ def gbnf_of_schema(schema: Mapping[str, Any] | str) -> str:
         read = json.loads(text)
         if not isinstance(read, dict):
             raise ValueError("it has to be an object")
-        _check_repetitions(read)
+        _limit_repetitions(read)
         if "$ref" in read:  # beside one, the converter does not look for others
             read = {**read, "anyOf": [{"$ref": read["$ref"]}]}
             del read["$ref"]
-        gbnf: str = json_schema_to_gbnf(json.dumps(read))
+        gbnf = _ANY_LETTER.sub(r"\g<0>\\x00-\\x1F\\x7F", json_schema_to_gbnf(json.dumps(read)))
+        check_gbnf(gbnf)
     except RecursionError as error:
         raise SettingError("the JSON schema is too deep, or has too many properties or items") from error
     except Exception as error:  # the converter raises whatever it stumbles over
         reason = str(error) if isinstance(error, ValueError | AssertionError) else f"{type(error).__name__}: {error}"
         raise SettingError(f"the JSON schema cannot be used: {reason}"[:1000]) from error
-    gbnf = _ANY_LETTER.sub(r"\g<0>\\x00-\\x1F\\x7F", gbnf)
-    check_gbnf(gbnf)
     return gbnf
 
 
-def _check_repetitions(schema: Any) -> None:
-    """Raise ValueError for what the converter would write out for too long, or for ever."""
+def _limit_repetitions(schema: Any) -> None:
+    """Take limits out that are too high. Raise ValueError for what the converter would write out for too long."""
     if isinstance(schema, dict):
-        for name in _LIMITED:
-            n = schema.get(name)
-            if isinstance(n, int) and n > MAX_REPEATED:
-                raise ValueError(f"{name} is {n}; at most {MAX_REPEATED} is accepted")
+        for low, high in (("minItems", "maxItems"), ("minLength", "maxLength")):
+            least, most = schema.get(low), schema.get(high)
+            if isinstance(least, int) and least > MAX_REPEATED:
+                raise ValueError(f"{low} is {least}; at most {MAX_REPEATED} is accepted")
+            if isinstance(most, int) and most > MAX_REPEATED:
+                del schema[high]
         pattern = schema.get("pattern")
         if isinstance(pattern, str):
             if not _PATTERN.fullmatch(pattern):
                 raise ValueError(f"the pattern has brackets without a partner: {pattern!r}")
             numbers = [int(n[:9]) for n in re.findall(r"[0-9]+", " ".join(re.findall(r"\{[^{}]*\}", pattern)))]
-            if math.prod(max(n, 1) for n in numbers) > MAX_REPEATED**2 or max(numbers, default=0) > MAX_REPEATED:
+            if math.prod(max(n, 1) for n in numbers) > 100 * MAX_REPEATED or max(numbers, default=0) > MAX_REPEATED:
                 raise ValueError(f"the pattern repeats too much: {pattern!r}")
-    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        _check_repetitions(value)
+        for name, value in schema.items():
+            if name not in _VALUES:
+                _limit_repetitions(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            _limit_repetitions(value)
 
 
 def check_gbnf(text: str) -> None:
