@@ -121,11 +121,12 @@ def test_control_tokens_are_no_text_of_a_grammar(tiny):
         assert answer.text == "<|vision_end|>"
 
 
-def test_an_answer_that_cannot_go_on_says_so(runtime):
+@pytest.mark.parametrize("options", [GREEDY, UNFILTERED])
+def test_an_answer_that_cannot_go_on_says_so(runtime, options):
     token = runtime.engine.model.tokenize("a")[0]
     with pytest.raises(ShiftKVError, match="no token that the model may use keeps to the grammar"):
-        runtime.generate(PROMPT, grammar='root ::= "a"', logit_bias={token: -float("inf")})
-    assert runtime.generate(PROMPT, grammar='root ::= "a"').text == "a"
+        runtime.generate(PROMPT, grammar='root ::= "a"', logit_bias={token: -float("inf")}, **options)
+    assert runtime.generate(PROMPT, grammar='root ::= "a"', **options).text == "a"
 
 
 @pytest.mark.parametrize(
