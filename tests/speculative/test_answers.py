@@ -12,6 +12,8 @@ from support.gguf_random import Spec, write_model
 
 from edge_shiftkv import ModelError, Runtime, SettingError, ShiftKVError
 from edge_shiftkv.cli import main
+from edge_shiftkv.sampling import Sampling
+from edge_shiftkv.speculative import draft as draft_module
 from edge_shiftkv.speculative.options import DraftOptions
 
 PROMPT = "the quick brown fox jumps over the lazy dog. " * 2
@@ -123,6 +125,19 @@ def test_a_grammar_gives_one_answer_with_any_draft(pair, plain, kept_to, options
         assert answer.figures.generated_tokens == expected.figures.generated_tokens
         assert answer.logprobs == expected.logprobs
         assert answer.figures.draft.drafted > 0
+
+
+def test_a_draft_draws_with_the_filters_only(drafted, monkeypatch):
+    """Where the target is in its grammar, and in its penalties, the draft does not know."""
+    made = []
+    sampler = draft_module.Sampler
+    monkeypatch.setattr(
+        draft_module, "Sampler", lambda model, sampling: made.append(sampling) or sampler(model, sampling)
+    )
+    filters = {"temperature": 0.9, "top_k": 30, "top_p": 0.8, "min_p": 0.01, "seed": 3}
+    rest = {"repeat_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0, "logit_bias": {65: 1.0}}
+    drafted.generate(PROMPT, raw=True, max_tokens=4, logprobs=3, **filters, **rest, **GRAMMARS[0])
+    assert made == [Sampling(**filters)]
 
 
 @pytest.mark.parametrize("seed", range(4))
