@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ShiftKVError,
         TimeLimitError,
     )
+    from edge_shiftkv.llama_handler import ShiftKVChatHandler
     from edge_shiftkv.prompts.images import load_image
     from edge_shiftkv.request import Options
     from edge_shiftkv.results import Completion, DraftFigures, Figures, TokenLogprob, TokenLogprobs
@@ -61,6 +62,7 @@ _WHERE = {
         *("BusyError", "CancelledError", "ClosedError", "ContextOverflowError", "ImageError", "ModelError"),
         *("PromptError", "SessionError", "SettingError", "ShiftKVError", "TimeLimitError"),
     ),
+    "llama_handler": ("ShiftKVChatHandler",),
     "prompts.images": ("load_image",),
     "request": ("Options",),
     "results": ("Completion", "DraftFigures", "Figures", "TokenLogprob", "TokenLogprobs"),
@@ -104,6 +106,7 @@ __all__ = [
     "SessionError",
     "SettingError",
     "ShiftKV",
+    "ShiftKVChatHandler",
     "ShiftKVError",
     "SnapKV",
     "Stream",

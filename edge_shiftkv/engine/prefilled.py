@@ -25,13 +25,18 @@ Floats = npt.NDArray[np.float32]
 
 
 def prefill_batch(prompt: Prompt | Continued, projector: Projector | None) -> int:
+    """The batch size a context is to have for `prompt`."""
+    return max(BATCH, least_batch(prompt, projector))
+
+
+def least_batch(prompt: Prompt | Continued, projector: Projector | None) -> int:
     """The batch size a context needs for `prompt`: a picture whose tokens see each other has to fit in one batch."""
     whole = (
         chunk.n_tokens
         for chunk in prompt.chunks
         if isinstance(chunk, ImageChunk) and projector and projector.non_causal(chunk)
     )
-    return max(BATCH, *whole, 0)
+    return max(whole, default=1)
 
 
 @runtime_checkable

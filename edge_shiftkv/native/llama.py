@@ -57,7 +57,6 @@ class Model(Handle):
         params.vocab_only = vocab_only
         loading = Loading(progress)
         params.progress_callback = llama.llama_progress_callback(loading)
-        self._pieces: dict[int, bytes] = {}
         with native_call() as errors:
             super().__init__(
                 "model", llama.llama_model_load_from_file(str(path).encode(), params), llama.llama_model_free
@@ -67,7 +66,7 @@ class Model(Handle):
             raise ModelError(
                 f"{path}: not a language model this llama.cpp can load, or an incomplete file{logs.explain(errors)}"
             )
-        self._vocab = llama.llama_model_get_vocab(self.pointer)
+        self._take()
         if llama.llama_model_has_encoder(self.pointer) or not llama.llama_model_has_decoder(self.pointer):
             self.close()
             raise ModelError(f"{path}: models with a text encoder are not supported, only those that continue a text")
@@ -77,6 +76,18 @@ class Model(Handle):
         """The native vocabulary, a `llama_vocab *`. Raises ClosedError after `close`."""
         _ = self.pointer
         return self._vocab
+
+    @classmethod
+    def borrowed(cls, pointer: Any) -> Model:
+        """A model that somebody else loaded and frees, after the last use of this."""
+        self = cls.__new__(cls)
+        Handle.__init__(self, "model", pointer, _leave)
+        self._take()
+        return self
+
+    def _take(self) -> None:
+        self._pieces: dict[int, bytes] = {}
+        self._vocab = llama.llama_model_get_vocab(self.pointer)
 
     @cached_property
     def n_ctx_train(self) -> int:
@@ -252,6 +263,20 @@ class Context(Handle):
                 f"no context of {n_ctx} tokens with a {type_k}/{type_v} KV cache for this model: lower n_ctx or "
                 f"choose other KV types{logs.explain(errors)}"
             )
+        self._take(model, n_outputs, interrupt)
+
+    @classmethod
+    def borrowed(cls, model: Model, pointer: Any, interrupt: Interrupt) -> Context:
+        """A context that somebody else made and frees, after the last use of this and before that of `interrupt`.
+
+        Raises ShiftKVError for one without a memory.
+        """
+        self = cls.__new__(cls)
+        Handle.__init__(self, "context", pointer, _leave)
+        self._take(model, 1, interrupt)
+        return self
+
+    def _take(self, model: Model, n_outputs: int, interrupt: Interrupt | None) -> None:
         if not llama.llama_get_memory(self.pointer):
             self.close()
             raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
@@ -325,6 +350,10 @@ class Context(Handle):
         output: counts tokens with logits, from the last one backwards: -1, -2, ...
         """
         return np.ctypeslib.as_array(llama.llama_get_logits_ith(self.pointer, output), (self.model.n_vocab,))
+
+
+def _leave(_pointer: Any) -> None:
+    """Frees nothing: it is somebody else's."""
 
 
 def usable_cpus() -> int:

@@ -95,6 +95,7 @@ _method_name = _function("method_name", ctypes.c_char_p, ctypes.c_int32)
 _n_query = _function("n_query", ctypes.c_int32, ctypes.POINTER(Params))
 _status_str = _function("status_str", ctypes.c_char_p, ctypes.c_int32)
 _capture = _function("capture", ctypes.c_int32, _context, llama.llama_seq_id, ctypes.c_uint32)
+_capture_end = _function("capture_end", ctypes.c_int32, _context)
 _select = _function("select", ctypes.c_int32, _context, ctypes.POINTER(Params))
 _select_scores = _function("select_scores", ctypes.c_int32, _context, ctypes.POINTER(Params), _floats, ctypes.c_size_t)
 _compact = _function("compact", ctypes.c_int32, _context, _context, llama.llama_seq_id)
@@ -129,6 +130,11 @@ def capture(context: Context, n_query: int = 1) -> None:
     Raises ShiftKVError.
     """
     _check("a kv_budget cannot be used with this model", _capture, context.pointer, _SEQUENCE, n_query)
+
+
+def capture_end(context: Context) -> None:
+    """Capture no more, and free what was; the last selection stays readable. Raises ShiftKVError."""
+    _check("the capture could not be ended", _capture_end, context.pointer)
 
 
 def select(context: Context, params: Params) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jinja2
 from PIL import Image
@@ -34,7 +35,10 @@ Part = Text | Image.Image
 
 class ChatTemplate:
     """The chat template of a model's GGUF, or PLAIN_TEMPLATE. Raises PromptError when it is no valid template, or one
-    that takes more than the limits of `template`."""
+    that takes more than the limits of `template`.
+
+    takes_tools: whether it has a place for descriptions of tools.
+    """
 
     def __init__(self, model: Model) -> None:
         source = model.chat_template or PLAIN_TEMPLATE
@@ -45,15 +49,21 @@ class ChatTemplate:
         self._control = ControlTokens(model.control_tokens)
         self._bos = Text(model.bos_text, special=True) if model.bos is not None else None
         self._typed = not self._takes_strings()
+        self.takes_tools = "tools" in source
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
+    def parts(self, messages: Sequence[Message], **variables: Any) -> list[Part]:
         """Render a conversation, ready for the model's next turn.
+
+        variables: JSON values that the template may read besides the messages, such as `tools`; text in them is text,
+            too.
 
         Raises PromptError when the template refuses the conversation or leaves its pictures out.
         """
         mark = _random_mark()
         images: dict[str, Image.Image] = {}
-        rendered = self._render([(message.role, _texts(message, images)) for message in messages], mark)
+        rendered = self._render(
+            [(message.role, _texts(message, images), message.fields) for message in messages], mark, variables
+        )
         at_images = re.compile(f"({'|'.join(images)})" if images else r"((?!))")
         pieces = at_images.split(rendered)
         if pieces[1::2] != list(images):
@@ -71,7 +81,14 @@ class ChatTemplate:
         # Many templates write the beginning-of-sequence token themselves.
         return parts if self._bos is None or parts[:1] == [self._bos] else [self._bos, *parts]
 
-    def _render(self, messages: Sequence[tuple[str, list[str]]], mark: str, *, typed: bool | None = None) -> str:
+    def _render(
+        self,
+        messages: Sequence[tuple[str, list[str], Mapping[str, Any]]],
+        mark: str,
+        variables: Mapping[str, Any],
+        *,
+        typed: bool | None = None,
+    ) -> str:
         as_parts = self._typed if typed is None else typed
 
         def content(texts: list[str]) -> str | list[dict[str, str]]:
@@ -79,9 +96,16 @@ class ChatTemplate:
                 return [{"type": "text", "text": self._control.break_up(text, mark)} for text in texts]
             return self._control.break_up("".join(texts), mark)
 
-        schema = [{"role": role, "content": content(texts)} for role, texts in messages]
+        def broken(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._control.break_up(value, mark)
+            if isinstance(value, Mapping):
+                return {broken(key): broken(inside) for key, inside in value.items()}
+            return [broken(inside) for inside in value] if isinstance(value, list | tuple) else value
+
+        schema = [{**broken(fields), "role": role, "content": content(texts)} for role, texts, fields in messages]
         try:
-            return self._template.render(schema, mark)
+            return self._template.render(schema, mark, **{name: broken(value) for name, value in variables.items()})
         except TemplateLimitError as error:
             raise PromptError(f"the model's chat template is no use: {error}") from error
         except Exception as error:  # templates are programs, and raise errors of their own
@@ -91,7 +115,7 @@ class ChatTemplate:
         """Whether the template prints content that is a string; some only print lists of parts."""
         needle = _random_mark()
         try:
-            return needle in self._render([("user", [needle])], _random_mark(), typed=False)
+            return needle in self._render([("user", [needle], {})], _random_mark(), {}, typed=False)
         except _RefusedError:
             return False
 

@@ -103,10 +103,11 @@ class Template:
         except Exception as error:  # Python's own limits on code
             raise TemplateLimitError(f"it cannot be compiled: {type(error).__name__}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], mark: str = "") -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], mark: str = "", **variables: Any) -> str:
         """The prompt for these messages. Raises whatever the template does, and TemplateLimitError.
 
         mark: what `ControlTokens.break_up` put into them, for the template to look past.
+        variables: more that the template may read, such as `tools`.
         """
         self._environment.begin(mark)
         prompt = self._template.render(
@@ -116,10 +117,7 @@ class Template:
             strftime_now=_strftime_now,
             add_generation_prompt=True,
             # As transformers names what there is not.
-            functions=None,
-            function_call=None,
-            tools=None,
-            tool_choice=None,
+            **{"functions": None, "function_call": None, "tools": None, "tool_choice": None, **variables},
         )
         return str(prompt)
 
