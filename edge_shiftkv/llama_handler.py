@@ -223,7 +223,6 @@ class _Reader:
         self, prompt: Prompt, budget: int | None, method: Method | ScoringMethod
     ) -> tuple[Prefilled, Selection | None]:
         """Hold just this prompt, or `budget` KV pairs of it. Raises ImageError, ShiftKVError."""
-        self.context.clear()
         selection = None
         try:
             prefilled = Prefilled(self.context, self.projector, n_query=0 if budget is None else method.n_query)

@@ -26,6 +26,7 @@ from edge_shiftkv import (
     heatmap,
     load_image,
 )
+from edge_shiftkv.native import shiftkv
 
 # As the runtime has them; other batches and other attention kernels round differently.
 SETTINGS = {"n_ctx": 1024, "n_batch": 512, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
@@ -123,7 +124,11 @@ def test_without_a_budget_it_is_stock(cut, demo):
         assert cut.chat_handler.selection is None
     stock.chat_handler = None
     messages = [{"role": "user", "content": "Read line 3."}]
+    cut.chat_handler.kv_budget = 96
+    said(cut, ask("Read line 2.", url))
+    assert cut.chat_handler.selection is not None
     assert said(cut, messages) == said(stock, messages) != ""
+    assert cut.chat_handler.selection is None
     assert cut.n_tokens == stock.n_tokens
     assert cut._input_ids.tolist() == stock._input_ids.tolist()
 
@@ -405,6 +410,12 @@ def test_a_stream_that_is_given_up(cut, ours, demo):
     cut.create_completion("x", max_tokens=2)
     with pytest.raises(ShiftKVError, match="used for something else"):
         list(third)
+    third = cut.create_chat_completion(messages[1], stream=True, **GREEDY)
+    next(third), next(third)
+    cut.create_completion("x", max_tokens=2)
+    cut.reset()
+    with pytest.raises(ShiftKVError, match="used for something else"):
+        list(third)
     # One that is dropped, without being closed.
     fourth = cut.create_chat_completion(messages[1], stream=True, **GREEDY)
     next(fourth)
@@ -412,6 +423,31 @@ def test_a_stream_that_is_given_up(cut, ours, demo):
     del fourth
     gc.collect()
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in last) == ours(messages[2])
+
+
+def test_a_stream_after_which_a_request_failed(cut, ours, demo, monkeypatch):
+    messages = ask("Read line 2.", demo / "document.png")
+    chunks = cut.create_chat_completion(messages, stream=True, **GREEDY)
+    next(chunks), next(chunks)
+    with pytest.raises(ContextOverflowError):  # of which nothing was read
+        said(cut, ask("Read line 2. " * 99, demo / "document.png"))
+    next(chunks)
+
+    def fail(*_):
+        raise ShiftKVError("out of order")
+
+    with monkeypatch.context() as patch, pytest.raises(ShiftKVError, match="out of order"):
+        patch.setattr("edge_shiftkv.native.shiftkv.select", fail)
+        said(cut, messages)
+    with pytest.raises(ShiftKVError, match="used for something else"):
+        next(chunks)
+    assert said(cut, messages) == ours(messages)
+
+
+def test_nothing_is_captured_of_an_answer(cut, demo):
+    said(cut, ask("Read line 2.", demo / "document.png"))
+    with pytest.raises(ShiftKVError, match="capture was not on"):
+        shiftkv.queries(cut.chat_handler._readers[cut].context, 0)
 
 
 def test_caches_and_states_do_not_hold_what_was_cut(cut, ours, demo):
