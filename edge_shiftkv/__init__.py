@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CancelledError,
         ClosedError,
         ContextOverflowError,
+        HubError,
         ImageError,
         ModelError,
         PromptError,
@@ -59,8 +60,8 @@ except PackageNotFoundError:  # a checkout that is not installed
 _WHERE = {
     "engine.prefilled": ("Captured", "ScoringMethod"),
     "errors": (
-        *("BusyError", "CancelledError", "ClosedError", "ContextOverflowError", "ImageError", "ModelError"),
-        *("PromptError", "SessionError", "SettingError", "ShiftKVError", "TimeLimitError"),
+        *("BusyError", "CancelledError", "ClosedError", "ContextOverflowError", "HubError", "ImageError"),
+        *("ModelError", "PromptError", "SessionError", "SettingError", "ShiftKVError", "TimeLimitError"),
     ),
     "llama_handler": ("ShiftKVChatHandler",),
     "prompts.images": ("load_image",),
@@ -90,6 +91,7 @@ __all__ = [
     "DraftOptions",
     "ExpectedAttention",
     "Figures",
+    "HubError",
     "ImageError",
     "ImageSpan",
     "KeyDiff",

@@ -78,7 +78,16 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """What models are loaded, and how: `commands.settings.load_runtime` takes it."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", required=True, metavar="GGUF", help="the language model")
+    model = group.add_mutually_exclusive_group(required=True)
+    model.add_argument("-m", "--model", metavar="GGUF", help="the language model")
+    model.add_argument(
+        "-hf",
+        "--hf-repo",
+        metavar="USER/MODEL[:QUANT]",
+        help="a model of the Hugging Face hub, downloaded with its mmproj (default quantization: Q4_K_M)",
+    )
+    group.add_argument("--hf-file", metavar="GGUF", help="its file in the repository, or a pattern for it")
+    group.add_argument("--hf-mmproj", metavar="GGUF", help="the mmproj's, or a pattern for it, or none")
     group.add_argument("--mmproj", metavar="GGUF", help="its vision encoder and projector")
     group.add_argument(
         "--kv-budget",

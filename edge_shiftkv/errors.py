@@ -15,6 +15,10 @@ class ModelError(ShiftKVError):
     """A GGUF file that cannot be loaded, or does not fit the other one."""
 
 
+class HubError(ModelError):
+    """A model that the Hugging Face hub does not have, does not give, or could not be asked for."""
+
+
 class PromptError(ShiftKVError):
     """A prompt or a list of messages that cannot be used."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 from PIL import Image
 from typing_extensions import Unpack
 
-from edge_shiftkv import chat_schema, session_file
+from edge_shiftkv import chat_schema, hub, session_file
 from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
@@ -128,6 +128,25 @@ class Runtime(Closing):
             resources.callback(_close_all, sessions)
             # Also when it is dropped without close(), and at the interpreter's exit.
             self._free = weakref.finalize(self, resources.pop_all().close)
+
+    @classmethod
+    def from_pretrained(
+        cls, repo: str, file: str | None = None, *, mmproj: str | None = hub.AUTO, **settings: Any
+    ) -> Runtime:
+        """A runtime of a model of the Hugging Face hub, which is downloaded first, or found in the cache.
+
+        repo, file, mmproj: as in `hub.fetch`: "user/model" or "user/model:quant"; the model's file or a pattern for
+            it; the same for the mmproj, which is found by itself if there is one, and left out with None.
+        settings: those of the runtime.
+
+        Raises HubError where the files cannot be had, and what the runtime raises.
+
+        Example::
+
+            Runtime.from_pretrained("ggml-org/SmolVLM-500M-Instruct-GGUF:Q8_0", kv_budget=256)
+        """
+        files = hub.fetch(repo, file, mmproj)
+        return cls(files.model, files.mmproj, **settings)
 
     @property
     def n_ctx(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from edge_shiftkv import hub
 from edge_shiftkv.engine.engine import Progress
 from edge_shiftkv.errors import SettingError
 from edge_shiftkv.prompts.images import AllowHttp
@@ -19,10 +20,11 @@ def allow_http(arguments: argparse.Namespace) -> AllowHttp:
 
 
 def load_runtime(arguments: argparse.Namespace, progress: Progress | None = None) -> Runtime:
-    """Load the models that the arguments name. Raises what `Runtime` does."""
+    """Load the models that the arguments name. Raises what `Runtime` does, and HubError."""
+    model, mmproj = _model_files(arguments)
     return Runtime(
-        arguments.model,
-        arguments.mmproj,
+        model,
+        mmproj,
         kv_budget=arguments.kv_budget,
         kv_method=arguments.kv_method,
         n_ctx=arguments.n_ctx,
@@ -38,6 +40,17 @@ def load_runtime(arguments: argparse.Namespace, progress: Progress | None = None
         ),
         progress=progress,
     )
+
+
+def _model_files(arguments: argparse.Namespace) -> tuple[str | Path, str | Path | None]:
+    """The model and its mmproj, downloaded where they are named so."""
+    if not arguments.hf_repo:
+        if arguments.hf_file or arguments.hf_mmproj:
+            raise SettingError("--hf-file and --hf-mmproj are files of a repository: name it with -hf")
+        return arguments.model, arguments.mmproj
+    wanted = None if arguments.mmproj or arguments.hf_mmproj == "none" else arguments.hf_mmproj or hub.AUTO
+    files = hub.fetch(arguments.hf_repo, arguments.hf_file, wanted)
+    return files.model, arguments.mmproj or files.mmproj
 
 
 def request_options(arguments: argparse.Namespace) -> Options:
