@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -93,7 +94,11 @@ def test_the_shipped_model_by_name(environment, online, demo):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
 def test_the_progress_is_shown_on_a_terminal(environment, online):
+    import fcntl
+    import termios
+
     shown, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, "-c", SCRIPT, json.dumps([{"repo": "us/demo:q8_0"}])]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=terminal) as process:
         os.close(terminal)
