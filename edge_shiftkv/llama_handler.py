@@ -56,7 +56,8 @@ class ShiftKVChatHandler:
     kv_method: how they are selected, as in `Runtime`. Can be set later.
     verbose: print a line for each prompt to stderr, where the `Llama` is verbose, too.
     use_gpu: run the vision encoder on the GPU, where llama.cpp was built for one.
-    allow_http, image_root: which pictures messages may name, as in `Runtime`.
+    image_cache, allow_http, image_root: as in `Runtime`: MiB of pictures' embeddings that are kept for each `Llama`, and
+        which pictures messages may name.
 
     Raises ModelError for a file that is missing or no mmproj, SettingError for a setting out of its range. A request
     raises PromptError, ContextOverflowError and ImageError for what is wrong with its messages; ModelError where the
@@ -79,6 +80,7 @@ class ShiftKVChatHandler:
         kv_method: Method | ScoringMethod | str | None = None,
         verbose: bool = True,
         use_gpu: bool = True,
+        image_cache: int = 64,
         allow_http: AllowHttp = False,
         image_root: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -89,6 +91,9 @@ class ShiftKVChatHandler:
         if self._clip_model_path:
             check_mmproj(self._clip_model_path)
         self._use_gpu = use_gpu
+        if image_cache < 0:
+            raise SettingError(f"image_cache is {image_cache}: it has to be MiB >= 0 (0 keeps no embeddings)")
+        self._image_cache = image_cache
         self._allow_http = allow_http
         self._image_root = None if image_root is None else Path(image_root)
         self._selection: Selection | None = None
@@ -162,7 +167,7 @@ class ShiftKVChatHandler:
     def _reader(self, llama: Llama) -> _Reader:
         reader = self._readers.get(llama)
         if reader is None:
-            reader = _Reader(llama, self._clip_model_path, use_gpu=self._use_gpu)
+            reader = _Reader(llama, self._clip_model_path, use_gpu=self._use_gpu, cache_bytes=self._image_cache << 20)
             self._readers[llama] = reader
         if self.kv_budget is not None:
             reader.check_cuttable()
@@ -192,7 +197,7 @@ class _Reader:
     Raises SettingError, ModelError, PromptError.
     """
 
-    def __init__(self, llama: Llama, clip_model_path: Path | None, *, use_gpu: bool) -> None:
+    def __init__(self, llama: Llama, clip_model_path: Path | None, *, use_gpu: bool, cache_bytes: int) -> None:
         if llama.context_params.embeddings:
             raise SettingError("the Llama was made with embedding=True: one that chats needs embedding=False")
         self.interrupt = Interrupt()
@@ -204,6 +209,7 @@ class _Reader:
                 *(clip_model_path, self.model),
                 use_gpu=use_gpu,
                 n_threads=llama.n_threads,
+                cache_bytes=cache_bytes,
                 interrupt=self.interrupt,
             )
             llama._stack.callback(self.projector.close)

@@ -27,6 +27,7 @@ from edge_shiftkv import (
     load_image,
 )
 from edge_shiftkv.native import shiftkv
+from edge_shiftkv.native.mtmd import Projector
 
 # As the runtime has them; other batches and other attention kernels round differently.
 SETTINGS = {"n_ctx": 1024, "n_batch": 512, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False}
@@ -480,6 +481,17 @@ def test_a_state_of_text_comes_back(tiny):
     assert said(llama, messages) == expected
 
 
+@pytest.mark.parametrize(("image_cache", "n_encoded"), [(64, 1), (0, 2)])
+def test_a_picture_is_encoded_once(tiny, monkeypatch, image_cache, n_encoded):
+    encoded = []
+    encode = Projector.encode
+    monkeypatch.setattr(Projector, "encode", lambda self, chunk: encoded.append(chunk) or encode(self, chunk))
+    handler = ShiftKVChatHandler(tiny.mmproj, kv_budget=24, image_cache=image_cache)
+    llama = Llama(str(tiny.text), chat_handler=handler, **SETTINGS)
+    assert said(llama, ask(LONG, tiny.picture)) == said(llama, ask(LONG, tiny.picture))
+    assert len(encoded) == n_encoded
+
+
 def test_two_at_once(demo, ours, tiny):
     """Two handlers, and one handler of two."""
     shared = ShiftKVChatHandler(demo / "demo-mmproj-f16.gguf", kv_budget=96)
@@ -550,6 +562,8 @@ def test_what_cannot_be(tiny, demo, tmp_path):
         ShiftKVChatHandler(tmp_path / "none.gguf")
     with pytest.raises(SettingError, match="kv_budget is 1"):
         ShiftKVChatHandler(kv_budget=1)
+    with pytest.raises(SettingError, match="image_cache is -1"):
+        ShiftKVChatHandler(image_cache=-1)
     with pytest.raises(SettingError, match="'nothing' is not known"):
         ShiftKVChatHandler(kv_method="nothing")
     hello = [{"role": "user", "content": "Hello"}]
