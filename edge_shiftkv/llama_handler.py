@@ -56,8 +56,8 @@ class ShiftKVChatHandler:
     kv_method: how they are selected, as in `Runtime`. Can be set later.
     verbose: print a line for each prompt to stderr, where the `Llama` is verbose, too.
     use_gpu: run the vision encoder on the GPU, where llama.cpp was built for one.
-    image_cache, allow_http, image_root: as in `Runtime`: MiB of pictures' embeddings that are kept for each `Llama`, and
-        which pictures messages may name.
+    image_cache, allow_http, image_root: as in `Runtime`: MiB of pictures' embeddings that are kept, for each `Llama`,
+        and which pictures messages may name.
 
     Raises ModelError for a file that is missing or no mmproj, SettingError for a setting out of its range. A request
     raises PromptError, ContextOverflowError and ImageError for what is wrong with its messages; ModelError where the

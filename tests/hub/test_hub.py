@@ -183,13 +183,17 @@ def test_what_cannot_be_had(environment, online):
     assert online.downloads == []
 
 
-def test_without_a_network(environment, online):
+def test_without_a_network(environment, online, tmp_path):
     offline = {**environment, "HF_ENDPOINT": "http://127.0.0.1:1"}
     (text,) = fetch(offline, {"repo": "us/one"})
     assert text.startswith("http://127.0.0.1:1/us/one cannot be downloaded: ")
     assert text.endswith("nothing of it is in the cache")
     assert fetch(environment, {"repo": "us/several:Q5_K_M"}) == fetch(offline, {"repo": "us/several:Q5_K_M"})
-    # The cache has one of them only.
+    # The cache has one of them only; what belongs to another revision is not looked at.
+    (main,) = (tmp_path / "home" / "hub").glob("models--us--several/snapshots/*")
+    other = main.with_name("f" * 40)
+    other.mkdir()
+    (other / "m-Q4_K_M.gguf").write_text("another")
     (text,) = fetch(offline, {"repo": "us/several:Q4_K_M"})
     assert text == "us/several: Q4_K_M is none of its models: m-Q5_K_M.gguf"
 
