@@ -62,7 +62,7 @@ class ShiftKVChatHandler:
     Raises ModelError for a file that is missing or no mmproj, SettingError for a setting out of its range. A request
     raises PromptError, ContextOverflowError and ImageError for what is wrong with its messages; ModelError where the
     mmproj is another model's; SettingError for a `Llama` that was made for embeddings, or whose batches are too small;
-    ShiftKVError when the model's KV cache cannot be cut.
+    ShiftKVError when the model's KV cache cannot be cut; ClosedError for a `Llama` that was closed.
 
     Example::
 
@@ -169,6 +169,7 @@ class ShiftKVChatHandler:
         if reader is None:
             reader = _Reader(llama, self._clip_model_path, use_gpu=self._use_gpu, cache_bytes=self._image_cache << 20)
             self._readers[llama] = reader
+        reader.context.check_open()
         if self.kv_budget is not None:
             reader.check_cuttable()
         return reader
@@ -214,7 +215,7 @@ class _Reader:
             )
             llama._stack.callback(self.projector.close)
         self.context = Context.borrowed(self.model, llama.ctx, self.interrupt)
-        llama._stack.callback(lambda interrupt: None, self.interrupt)  # the context asks it until it is freed
+        llama._stack.callback(self.context.close)
         self.answer: _Answer | None = None
         self._cuttable = False
 
@@ -257,8 +258,9 @@ class _Completing:
         """`Llama.create_completion` after the prompt."""
         handler, llama, reader, read = self._handler, self._llama, self._reader, self._prompt
         handler._selection = None
-        if read.n_tokens >= reader.context.n_ctx:
-            raise too_long(read.n_tokens, reader.context.n_ctx, read.n_image_tokens)
+        n_ctx = min(reader.context.n_ctx, len(llama.input_ids))  # llama.cpp may have rounded it up
+        if read.n_tokens >= n_ctx:
+            raise too_long(read.n_tokens, n_ctx, read.n_image_tokens)
         budget = budget_for(handler.kv_budget, read.n_tokens)
         if handler.verbose and llama.verbose:
             kept = "all" if budget is None else budget
@@ -274,7 +276,7 @@ class _Completing:
         ids = _ids(prefilled, reader.model)
         reader.answer = answer = _Answer(llama, reader, ids)
         # llama.cpp has room for so many cells; `Llama` itself counts positions, which M-RoPE has less of than tokens.
-        room = reader.context.n_ctx - max(len(ids), budget or read.n_tokens)
+        room = n_ctx - max(len(ids), budget or read.n_tokens)
         max_tokens = room if max_tokens is None or max_tokens <= 0 else min(max_tokens, room)
         with answer.going_on():
             written: Any = llama.create_completion(ids, stream=stream, max_tokens=max_tokens, **options)

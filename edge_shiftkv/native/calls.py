@@ -193,6 +193,10 @@ class Handle:
             raise ClosedError(f"the {self._what} is closed")
         return self._pointer
 
+    def check_open(self) -> None:
+        """Raise what `pointer` raises."""
+        _ = self.pointer
+
     def close(self) -> None:
         """Free it; a second call does nothing, and so does one in a forked child, whose memory goes with it."""
         pointer, self._pointer = self._pointer, None

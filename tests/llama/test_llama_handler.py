@@ -14,6 +14,7 @@ from support.gguf_random import Spec, write_model
 from support.ledger import Ledger
 
 from edge_shiftkv import (
+    ClosedError,
     ContextOverflowError,
     ImageError,
     LlamaDraft,
@@ -588,8 +589,21 @@ def test_what_cannot_be(tiny, demo, tmp_path):
         text_only.chat_handler.kv_budget = budget
         with pytest.raises(ContextOverflowError, match="n_ctx is") as caught:
             said(text_only, [{"role": "user", "content": LONG * 4}])
-        assert caught.value.n_ctx == text_only.n_ctx()
+        assert caught.value.n_ctx == 300
     assert said(text_only, hello)
+    text_only.close()
+    with pytest.raises(ClosedError):
+        said(text_only, hello)
+
+
+@pytest.mark.parametrize("budget", [None, 24])
+def test_an_n_ctx_that_llama_cpp_rounds_up(tiny, budget):
+    handler = ShiftKVChatHandler(tiny.mmproj, kv_budget=budget)
+    llama = Llama(str(tiny.text), chat_handler=handler, **{**SETTINGS, "n_ctx": 300})
+    answer = llama.create_chat_completion(ask(LONG, tiny.picture), **{**GREEDY, "max_tokens": None})
+    assert answer["usage"]["total_tokens"] == 300
+    with pytest.raises(ContextOverflowError, match="n_ctx is 300"):
+        said(llama, ask(LONG + "x" * 150, tiny.picture))
 
 
 def test_recurrent_models(tmp_path):
