@@ -134,6 +134,8 @@ class ShiftKVChatHandler:
         **options: Any,
     ) -> Any:
         """What `Llama.create_chat_completion` calls."""
+        if not messages:
+            raise PromptError("messages is empty: a conversation needs at least one")
         reader = self._reader(llama)
         if (tools or functions) and not reader.template.takes_tools and not _forced(tool_choice, function_call):
             raise PromptError(

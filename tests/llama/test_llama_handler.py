@@ -585,6 +585,8 @@ def test_what_cannot_be(tiny, demo, tmp_path):
         said(text_only, ask("What?", "http://127.0.0.1:1/a.png"))
     with pytest.raises(PromptError, match="not a message with a role"):
         said(text_only, ["Hello"])
+    with pytest.raises(PromptError, match="messages is empty"):
+        said(text_only, [])
     for budget in (None, 24):
         text_only.chat_handler.kv_budget = budget
         with pytest.raises(ContextOverflowError, match="n_ctx is") as caught:
