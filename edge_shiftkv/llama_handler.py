@@ -136,6 +136,10 @@ class ShiftKVChatHandler:
         """What `Llama.create_chat_completion` calls."""
         if not messages:
             raise PromptError("messages is empty: a conversation needs at least one")
+        wanted = options.get("response_format") or {}
+        if wanted.get("type") == "json_schema":  # OpenAI's form, which llama-cpp-python would pass over
+            schema = (wanted.get("json_schema") or {}).get("schema") or {}
+            options["response_format"] = {"type": "json_object", "schema": schema}
         reader = self._reader(llama)
         if (tools or functions) and not reader.template.takes_tools and not _forced(tool_choice, function_call):
             raise PromptError(

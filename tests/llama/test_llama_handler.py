@@ -210,8 +210,12 @@ def test_a_schema_and_a_grammar(cut, demo):
         "additionalProperties": False,
     }
     messages = ask("Read line 2.", demo / "document.png")
-    for get in (said, streamed):
-        text = get(cut, messages, response_format={"type": "json_object", "schema": schema}, max_tokens=200)
+    forms = (
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"name": "line", "schema": schema}},
+    )
+    for get, form in zip((said, streamed), forms, strict=True):
+        text = get(cut, messages, response_format=form, max_tokens=200)
         answer = json.loads(text)
         assert answer.keys() == {"line", "sure"}
         assert answer["line"] in ("VOLT 1", "COPY 2")
