@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
     _add_run(commands)
+    _add_chat(commands)
     _add_demo(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -72,6 +73,19 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--stats", action="store_true", help="print figures to stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_heatmap(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "talk with a model, about pictures, too; /help there lists what can be done"
+    parser = commands.add_parser("chat", help=text, description=text)
+    _add_model(parser)
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="PICTURE", help="a picture of the first message; repeatable"
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system message")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the first message")
+    _add_sampling(parser)
     parser.set_defaults(run=_run)
 
 
@@ -181,13 +195,13 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"edge-shiftkv {arguments.command}: {error}", file=sys.stderr)
         return 1
     try:
-        command.main(arguments)
+        status: int | None = command.main(arguments)
     except ShiftKVError as error:
         print(f"edge-shiftkv {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def _build(arguments: argparse.Namespace) -> int:

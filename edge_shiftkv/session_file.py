@@ -75,6 +75,15 @@ def write(
         raise SessionError(f"{path}: {error.strerror or error}") from error
 
 
+def is_session(path: Path) -> bool:
+    """Whether a file begins as a session does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
 def read(path: Path, engine: Engine) -> Saved:
     """Read a session for an engine. Raises SessionError."""
     try:

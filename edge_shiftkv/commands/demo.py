@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace) -> None:
     for (label, left), (_, right) in zip(figure_rows(full.figures), figure_rows(cut.figures), strict=True):
         _print_row(label, left, right, width)
     if arguments.heatmap:
-        save_heatmap(cut, [image], arguments.heatmap)
+        save_heatmap(cut.selection, [image], arguments.heatmap)
 
 
 def _print_row(label: str, left: str, right: str, width: int) -> None:

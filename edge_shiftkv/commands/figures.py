@@ -9,18 +9,19 @@ from pathlib import Path
 from PIL import Image
 
 from edge_shiftkv.errors import ShiftKVError
-from edge_shiftkv.results import Completion, DraftFigures, Figures
+from edge_shiftkv.results import DraftFigures, Figures
 from edge_shiftkv.selection.heatmap import heatmap
+from edge_shiftkv.selection.results import Selection
 
 LABEL_WIDTH = 16
 
 
-def save_heatmap(answer: Completion, images: Sequence[Image.Image], path: Path) -> None:
+def save_heatmap(selection: Selection | None, images: Sequence[Image.Image], path: Path) -> None:
     """Draw what was kept. Raises ShiftKVError where nothing was cut or the file cannot be written."""
-    if answer.selection is None:
+    if selection is None:
         raise ShiftKVError("no heat map: the whole prompt is within the budget, nothing was cut")
     try:
-        heatmap(answer.selection, images).save(path)
+        heatmap(selection, images).save(path)
     except (OSError, ValueError) as error:  # PIL raises ValueError for a suffix that it does not know
         raise ShiftKVError(f"{path}: {error}") from error
     print(f"heat map: {path}", file=sys.stderr)
@@ -32,7 +33,7 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     rows = [
         ("prompt", f"{figures.prompt_tokens} tokens, {figures.image_tokens} visual"),
         ("kept", f"{figures.kept_tokens} per layer and KV head"),
-        ("KV cache", f"{_mib(figures.kv_bytes_prompt)} -> {_mib(figures.kv_bytes_kept)}"),
+        ("KV cache", f"{mebibytes(figures.kv_bytes_prompt)} -> {mebibytes(figures.kv_bytes_kept)}"),
         ("vision encoder", f"{figures.image_encode_s:.3f} s"),
         ("prefill", f"{figures.prefill_s:.3f} s with the encoder"),
         ("selection", f"{figures.selection_s:.3f} s"),
@@ -53,5 +54,6 @@ def _draft_rows(figures: DraftFigures) -> list[tuple[str, str]]:
     ]
 
 
-def _mib(n_bytes: int | None) -> str:
+def mebibytes(n_bytes: int | None) -> str:
+    """A size for people."""
     return "unknown" if n_bytes is None else f"{n_bytes / 2**20:.2f} MiB"

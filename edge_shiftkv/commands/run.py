@@ -33,4 +33,4 @@ def main(arguments: argparse.Namespace) -> None:
         for label, value in figure_rows(answer.figures):
             print(f"{label:{LABEL_WIDTH}}{value}", file=sys.stderr)
     if arguments.heatmap:
-        save_heatmap(answer, images, arguments.heatmap)
+        save_heatmap(answer.selection, images, arguments.heatmap)

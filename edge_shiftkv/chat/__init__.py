@@ -1,0 +1,1 @@
+"""A conversation in a terminal: what ``edge-shiftkv chat`` shows and does."""
