@@ -12,11 +12,14 @@ from typing import Protocol
 
 from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import is_done
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output.plain_text import PlainTextOutput
+from prompt_toolkit.utils import is_dumb_terminal
 
 from edge_shiftkv.chat.commands import COMMANDS, Screen
 from edge_shiftkv.chat.progress import ProgressBar
@@ -40,15 +43,17 @@ class Terminal:
 
     def __init__(self, progress: ProgressBar) -> None:
         self._progress = progress
-        self._session: PromptSession[str] = PromptSession(
-            history=_history(),
-            completer=CommandCompleter(),
-            complete_while_typing=False,
-            multiline=True,
-            prompt_continuation="... ",
-            key_bindings=_keys(),
-            enable_history_search=False,
-        )
+        # prompt_toolkit knows dumb terminals when it reads, but not before.
+        output = PlainTextOutput(sys.stdout) if is_dumb_terminal() else None
+        with create_app_session(output=output):
+            self._session: PromptSession[str] = PromptSession(
+                history=_history(),
+                completer=CommandCompleter(),
+                complete_while_typing=False,
+                multiline=True,
+                prompt_continuation=lambda _width, _line, n_wraps: "" if n_wraps else "... ",
+                key_bindings=_keys(),
+            )
 
     def read(self, n_attached: int) -> str:
         """See `Place`. Ctrl-C clears the line, and twice in a row is the end."""
@@ -66,7 +71,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """See `Screen`."""
         self._progress.close()
-        print(_printable(text), flush=True)
+        print(printable(text), flush=True)
 
     def error(self, text: str) -> None:
         """See `Place`."""
@@ -81,7 +86,7 @@ class Terminal:
 
     def _show(self, piece: str) -> str:
         self._progress.close()
-        return _printable(piece)
+        return printable(piece)
 
 
 class Pipe:
@@ -211,7 +216,7 @@ def _valid(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text whose characters do nothing to a terminal but line breaks and tabs."""
     return "".join(
         letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs") else "\ufffd" for letter in text

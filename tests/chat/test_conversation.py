@@ -1,0 +1,183 @@
+"""What a chat keeps, forgets and asks for, without a terminal."""
+
+from contextlib import closing
+
+import pytest
+
+from edge_shiftkv import ImageError, PromptError, Runtime, SessionError, SettingError
+from edge_shiftkv.chat.conversation import Chat
+from edge_shiftkv.prompts.images import load_image
+
+N = 12
+FIRST, SECOND, THIRD = "What is on the picture? " * 3, "Why?", "Since when?"
+
+
+@pytest.fixture
+def chat(tiny):
+    """A function: settings of a runtime, and options, to a chat with it."""
+    opened = []
+
+    def begin(options=(), **settings):
+        runtime = Runtime(tiny.text, tiny.mmproj, n_threads=1, **settings)
+        opened.append(runtime)
+        return Chat(runtime, {"max_tokens": N, **dict(options)}, load_image)
+
+    yield begin
+    for runtime in opened:
+        runtime.close()
+
+
+def say(chat, text):
+    return "".join(chat.ask(text))
+
+
+def stop(chat, text, n=3):
+    """Take n pieces of an answer, and no more."""
+    with closing(chat.ask(text)) as pieces:
+        return "".join(next(pieces) for _ in range(n))
+
+
+def test_the_model_knows_what_was_said(chat, tiny):
+    talk = chat()
+    talk.system = "Be brief."
+    talk.attach([str(tiny.picture)])
+    messages = [{"role": "system", "content": "Be brief."}]
+    picture = {"type": "image_url", "image_url": {"url": str(tiny.picture)}}
+    for text, images in ((FIRST, [picture]), (SECOND, []), (THIRD, [picture])):
+        if images and talk.turns:
+            talk.attach([str(tiny.picture)])
+        answer = say(talk, text)
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": text}]})
+        whole = talk.runtime.create_chat_completion(messages, max_tokens=N)
+        assert answer == whole["choices"][0]["message"]["content"]
+        assert talk.n_tokens == whole["usage"]["total_tokens"]
+        messages.append({"role": "assistant", "content": answer})
+        assert talk.attached == []
+
+
+@pytest.mark.parametrize("budget", [None, 24])
+def test_a_stopped_message_is_forgotten(chat, tiny, budget):
+    talk, other = chat(kv_budget=budget), chat(kv_budget=budget)
+    talk.attach([str(tiny.picture)])
+    assert stop(talk, "Tell me all.")
+    assert [picture.name for picture in talk.attached] == [str(tiny.picture)]
+    other.attach([str(tiny.picture)])
+    assert say(talk, FIRST) == say(other, FIRST)
+    talk.attach([str(tiny.picture)])
+    stop(talk, "Tell me all.")
+    assert (len(talk.turns), len(talk.attached), talk.unfinished) == (1, 1, "Tell me all.")
+    talk.attached = []
+    say(talk, SECOND)
+    say(other, SECOND)
+    assert talk.n_tokens == other.n_tokens
+
+
+def test_again(chat, tiny):
+    talk = chat()
+    with pytest.raises(PromptError, match="no message to answer"):
+        next(talk.again())
+    beginning = stop(talk, FIRST)
+    whole = "".join(talk.again())
+    assert whole.startswith(beginning)
+    assert talk.repeats
+    assert "".join(talk.again()) == whole
+    second = say(talk, SECOND)
+    talk.attach([str(tiny.picture)])
+    assert "".join(talk.again()) == second
+    assert [turn.text for turn in talk.turns] == [FIRST, SECOND]
+    assert len(talk.attached) == 1  # for the next message
+    talk.set_budget(30)
+    assert not talk.repeats
+    for _ in talk.again():
+        pass
+    assert talk.turns[-1].answer.figures.kept_tokens == 30
+
+
+def test_again_draws_anew(chat):
+    talk, other = (chat({"temperature": 1.5, "seed": 3, "top_k": 0, "min_p": 0.0}) for _ in range(2))
+    answers = [say(talk, FIRST), "".join(talk.again()), "".join(talk.again())]
+    assert len(set(answers)) == 3
+    assert not talk.repeats
+    assert [say(other, FIRST), "".join(other.again())] == answers[:2]
+    # The next message has the seed of its own again.
+    assert say(talk, FIRST) != answers[0]
+    assert len(talk.turns) == 2
+
+
+def test_a_budget_holds_from_the_next_message_on(chat, tiny):
+    talk = chat()
+    talk.attach([str(tiny.picture)])
+    say(talk, FIRST)
+    assert talk.selection is None
+    talk.set_budget(24)
+    say(talk, SECOND)
+    assert talk.turns[-1].answer.figures.kept_tokens == 24
+    assert talk.selection.n_kept == 24
+    talk.attach([str(tiny.picture)])
+    say(talk, THIRD)  # goes on in the cut cache
+    assert 24 < talk.turns[-1].answer.figures.kept_tokens < talk.turns[-1].answer.figures.prompt_tokens
+    assert (talk.selection.n_kept, len(talk.pictures)) == (24, 1)
+    talk.set_method("keydiff")
+    say(talk, SECOND)
+    assert talk.turns[-1].answer.figures.kept_tokens == 24
+    assert len(talk.pictures) == 2
+    for budget in (1, 0.0, 1.5):
+        with pytest.raises(SettingError, match="kv_budget is"):
+            talk.set_budget(budget)
+    with pytest.raises(SettingError, match="not known"):
+        talk.set_method("nothing")
+    assert talk.runtime.kv_budget == 24
+
+
+def test_files(chat, tiny, tmp_path):
+    path = tmp_path / "page.kv"
+    talk = chat()
+    with pytest.raises(SessionError, match="nothing to save"):
+        talk.save(path)
+    talk.system = "Be brief."
+    talk.attach([str(tiny.picture)])
+    first, second = say(talk, FIRST), say(talk, SECOND)
+    talk.save(path)
+    talk.save(path)
+    third = say(talk, THIRD)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SessionError, match="another file of that name"):
+        talk.save(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(SessionError, match="not a session file"):
+        talk.load(tmp_path / "notes.txt")
+    assert len(talk.turns) == 3
+    talk.load(path)
+    assert (talk.system, talk.turns, talk.is_loaded) == ("Be brief.", [], True)
+    assert [say(talk, text) for text in (FIRST, SECOND, THIRD)] == [first, second, third]
+    assert "".join(talk.again()) == third
+    talk.clear()
+    talk.attach([str(tiny.picture)])
+    assert say(talk, FIRST) == first
+    talk.load(path)
+    talk.attach([str(tiny.picture)])
+    with pytest.raises(PromptError, match="takes no further pictures"):
+        say(talk, FIRST)
+    talk.attached = []
+    assert say(talk, FIRST) == first
+
+
+def test_clear(chat, tiny):
+    talk = chat(kv_budget=24)
+    talk.system = "Be brief."
+    fresh = say(talk, SECOND)
+    talk.attach([str(tiny.picture)])
+    say(talk, FIRST)
+    stop(talk, THIRD)
+    talk.attach([str(tiny.picture)])
+    talk.clear()
+    assert (talk.turns, talk.attached, talk.pictures, talk.unfinished) == ([], [], [], "")
+    assert (talk.kv_bytes, talk.n_tokens, talk.system) == (None, 0, "Be brief.")
+    assert say(talk, SECOND) == fresh
+
+
+def test_pictures_are_attached_all_or_none(chat, tiny):
+    talk = chat()
+    with pytest.raises(ImageError):
+        talk.attach([str(tiny.picture), "none.png"])
+    assert talk.attached == []
