@@ -172,7 +172,7 @@ def _regen(chat: Chat, _argument: str, screen: Screen) -> None:
 
 def _save(chat: Chat, argument: str, screen: Screen) -> None:
     path = _one_path(argument, "/save FILE")
-    screen.note(f"{path}: saved {_contents(chat.save(path))}; questions and answers are not in it")
+    screen.note(f"{path}: saved {_contents(chat.save(path))}; questions, answers and later pictures are not in it")
 
 
 def _load(chat: Chat, argument: str, screen: Screen) -> None:
