@@ -18,6 +18,7 @@ from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin,
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, Prefilled, ScoringMethod
 from edge_shiftkv.errors import CancelledError, ClosedError, PromptError, SessionError, SettingError, ShiftKVError
+from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import ImageChunk
 from edge_shiftkv.prompts.conversation import Conversation
@@ -77,6 +78,19 @@ class Session(Closing):
         self._conversation = Conversation(about)
         self._closed = False
 
+    @property
+    def about(self) -> tuple[Message, ...]:
+        """What was read; the pictures of a session from a file are stand-ins of one pixel."""
+        return tuple(self._about)
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of the session's KV caches, with their empty cells; None for models without a KV cache."""
+        if not self._requests.engine.model.has_kv_cache:
+            return None
+        contexts = (self._base and self._base.context, self._small)
+        return sum(shiftkv.cache_size(context) for context in contexts if context)
+
     @takes_options
     def ask(self, question: str, **options: Unpack[Options]) -> Completion:
         """Answer a question about what was read, as if it were the first.
@@ -115,6 +129,20 @@ class Session(Closing):
             raise PromptError("there is no answer to reply to: ask first")
         pictures = self._load(images)
         return self._stream([*self._turns, Message("user", (*pictures, text))], self._read_reply, options)
+
+    def stream_again(self, **options: Unpack[Options]) -> Stream:
+        """Another answer in the last one's place, piece by piece; `reply` then goes on from it.
+
+        An answer to further pictures is given from what the session is about, with everything after it read anew.
+
+        Raises what `reply` raises.
+        """
+        self._check_open()
+        if not self._turns:
+            raise PromptError("there is no answer to give again: ask first")
+        messages = self._turns[:-1]
+        is_first = len(messages) == len(self._about)
+        return self._stream(messages, self._read_question if is_first else self._read_reply, options)
 
     def cut(self, budget: Budget = None, kv_method: Method | ScoringMethod | str | None = None) -> None:
         """Keep `budget` KV pairs per layer and KV head of what was read, and free the others.

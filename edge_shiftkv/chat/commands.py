@@ -107,6 +107,9 @@ def _image(chat: Chat, argument: str, screen: Screen) -> None:
     screen.note(f"attached to the next message: {names or 'nothing; write /image PATH'}")
 
 
+_FROM_NOW_ON = "; what was read before stays as it is"
+
+
 def _budget(chat: Chat, argument: str, screen: Screen) -> None:
     if argument:
         _check_not_loaded(chat, "budget")
@@ -117,14 +120,17 @@ def _budget(chat: Chat, argument: str, screen: Screen) -> None:
                 f"{argument} is no budget: write a number of KV pairs, a share such as 0.25, or all"
             ) from error
         chat.set_budget(number)
-    screen.note(f"budget: {budget_text(chat)}")
+    screen.note(f"budget: {budget_text(chat)}" + (_FROM_NOW_ON if argument and chat.turns else ""))
 
 
 def _method(chat: Chat, argument: str, screen: Screen) -> None:
     if argument:
         _check_not_loaded(chat, "method")
         chat.set_method(argument)
-    screen.note(f"method: {method_text(chat)}" + ("" if argument else f"; there are {', '.join(METHODS)}"))
+    screen.note(
+        f"method: {method_text(chat)}"
+        + (f"; there are {', '.join(METHODS)}" if not argument else _FROM_NOW_ON if chat.turns else "")
+    )
 
 
 def _check_not_loaded(chat: Chat, what: str) -> None:
@@ -166,7 +172,7 @@ def _clear(chat: Chat, _argument: str, screen: Screen) -> None:
 
 def _regen(chat: Chat, _argument: str, screen: Screen) -> None:
     if chat.repeats:
-        screen.note("(at temperature 0 it is the same answer; start with --temperature 0.7, or change /budget)")
+        screen.note("(at temperature 0 it is the same answer; start the chat with --temperature 0.7 for others)")
     _show(chat, chat.again(), screen)
 
 

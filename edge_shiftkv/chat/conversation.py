@@ -52,8 +52,7 @@ class Chat(Closing):
     attached: pictures for the next message.
     unfinished: a message whose answer was stopped or failed, if that was the last one; or "".
     system: the system message of the conversation.
-    selection: what the latest cut in this conversation kept, None where nothing was cut; `pictures` are those that the
-        prompt had.
+    selection: what the latest cut in this conversation kept, None where nothing was cut; `pictures` are those of it.
     is_loaded: whether the conversation is about what was in a file.
     """
 
@@ -83,11 +82,11 @@ class Chat(Closing):
         self.attached += [Picture(name, self._load(name)) for name in names]
 
     def set_budget(self, budget: Budget) -> None:
-        """Set the budget of the next answers. Raises SettingError."""
+        """Set the budget of what is read from now on. Raises SettingError."""
         self.runtime.kv_budget = check_budget(budget)
 
     def set_method(self, name: str) -> None:
-        """Set the method of the next answers. Raises SettingError."""
+        """Set the method for what is read from now on. Raises SettingError."""
         self.runtime.kv_method = method_of(name)
 
     def ask(self, text: str) -> Generator[str, None, None]:
@@ -115,8 +114,11 @@ class Chat(Closing):
     @property
     def repeats(self) -> bool:
         """Whether `again` would give the same answer."""
-        answered = bool(self.turns) and not self.unfinished
-        return answered and not self._options.get("temperature") and self._cut_by == self._cut
+        if not self.turns or self.unfinished or self._options.get("temperature"):
+            return False
+        if len(self.turns) == 1:
+            return self.is_loaded or self._cut_by == self._cut
+        return not self.turns[-1].pictures
 
     @property
     def n_tokens(self) -> int:
@@ -176,16 +178,19 @@ class Chat(Closing):
         seed = options.get("seed")
         if seed is not None:
             options["seed"] = seed + self._n_again
-        if self._cut != self._cut_by and not self.is_loaded:
+        if not self.is_loaded:
             options["kv_budget"], options["kv_method"] = self._cut
         n_turns, stream = begin(text, options)
         with stream:
             yield from stream
         self.turns[n_turns:] = [Turn(text, tuple(self.attached), stream.completion)]
         self.attached, self.unfinished, self._cut_by = [], "", self._cut
-        if stream.completion.selection:
-            self.selection = stream.completion.selection
-            self.pictures = [picture for turn in self.turns for picture in turn.pictures]
+        if selection := stream.completion.selection:
+            self.selection = selection
+            # Of pictures that were cut before, it knows nothing.
+            n_pictures = len({span.image for span in selection.image_spans})
+            pictures = [picture for turn in self.turns for picture in turn.pictures]
+            self.pictures = pictures[len(pictures) - n_pictures :]
 
     def _asked(self, text: str, options: Options) -> tuple[int, Stream]:
         images = [picture.image for picture in self.attached]
@@ -193,7 +198,7 @@ class Chat(Closing):
             return len(self.turns), self._session.stream_reply(text, images, **options)
         if self.is_loaded and self._session:
             if images:
-                raise PromptError("what was loaded takes no further pictures: /clear begins a new conversation")
+                raise PromptError("first ask about what was loaded; further pictures can go with later messages")
             return 0, self._session.stream(text, **options)
         if not self._session or self._read != self.attached:  # it is there after an answer that was stopped
             self._forget()

@@ -7,6 +7,7 @@ import pytest
 from edge_shiftkv import ImageError, PromptError, Runtime, SessionError, SettingError
 from edge_shiftkv.chat.conversation import Chat
 from edge_shiftkv.prompts.images import load_image
+from edge_shiftkv.selection.heatmap import heatmap
 
 N = 12
 FIRST, SECOND, THIRD = "What is on the picture? " * 3, "Why?", "Since when?"
@@ -86,11 +87,18 @@ def test_again(chat, tiny):
     assert "".join(talk.again()) == second
     assert [turn.text for turn in talk.turns] == [FIRST, SECOND]
     assert len(talk.attached) == 1  # for the next message
+
+
+def test_again_with_another_budget(chat, tiny):
+    talk = chat()
+    talk.attach([str(tiny.picture)])
+    say(talk, FIRST)
     talk.set_budget(30)
     assert not talk.repeats
     for _ in talk.again():
         pass
-    assert talk.turns[-1].answer.figures.kept_tokens == 30
+    assert talk.turns[-1].answer.figures.kept_tokens == talk.selection.n_kept == 30
+    assert talk.repeats
 
 
 def test_again_draws_anew(chat):
@@ -104,29 +112,32 @@ def test_again_draws_anew(chat):
     assert len(talk.turns) == 2
 
 
-def test_a_budget_holds_from_the_next_message_on(chat, tiny):
+def test_a_budget_holds_for_what_is_read_from_then_on(chat, tiny):
     talk = chat()
     talk.attach([str(tiny.picture)])
     say(talk, FIRST)
     assert talk.selection is None
     talk.set_budget(24)
-    say(talk, SECOND)
-    assert talk.turns[-1].answer.figures.kept_tokens == 24
-    assert talk.selection.n_kept == 24
-    talk.attach([str(tiny.picture)])
-    say(talk, THIRD)  # goes on in the cut cache
-    assert 24 < talk.turns[-1].answer.figures.kept_tokens < talk.turns[-1].answer.figures.prompt_tokens
-    assert (talk.selection.n_kept, len(talk.pictures)) == (24, 1)
     talk.set_method("keydiff")
+    talk.attach([str(tiny.picture)])
     say(talk, SECOND)
-    assert talk.turns[-1].answer.figures.kept_tokens == 24
+    before, figures = talk.turns[0].answer.figures, talk.turns[-1].answer.figures
+    assert figures.kept_tokens == before.prompt_tokens + before.generated_tokens - 1 + 24
     assert len(talk.pictures) == 2
+    talk.set_budget(20)
+    other = tiny.picture.with_name("other.png")
+    load_image(tiny.picture).rotate(90).save(other)
+    talk.attach([str(other)])
+    say(talk, THIRD)
+    assert talk.turns[-1].answer.figures.kept_tokens == figures.kept_tokens + figures.generated_tokens - 1 + 20
+    assert [picture.name for picture in talk.pictures] == [str(other)]
+    heatmap(talk.selection, [picture.image for picture in talk.pictures])
     for budget in (1, 0.0, 1.5):
         with pytest.raises(SettingError, match="kv_budget is"):
             talk.set_budget(budget)
     with pytest.raises(SettingError, match="not known"):
         talk.set_method("nothing")
-    assert talk.runtime.kv_budget == 24
+    assert talk.runtime.kv_budget == 20
 
 
 def test_files(chat, tiny, tmp_path):
@@ -156,10 +167,14 @@ def test_files(chat, tiny, tmp_path):
     assert say(talk, FIRST) == first
     talk.load(path)
     talk.attach([str(tiny.picture)])
-    with pytest.raises(PromptError, match="takes no further pictures"):
+    with pytest.raises(PromptError, match="first ask about what was loaded"):
         say(talk, FIRST)
-    talk.attached = []
+    attached, talk.attached = talk.attached, []
     assert say(talk, FIRST) == first
+    talk.attached = attached
+    n = talk.n_tokens
+    say(talk, SECOND)
+    assert talk.n_tokens > n + 16  # the further picture's
 
 
 def test_clear(chat, tiny):

@@ -539,6 +539,39 @@ def test_what_is_wrong_is_said(tiny):
         page.ask("x")
 
 
+@pytest.mark.parametrize("budget", [None, 24])
+def test_another_answer_in_place_of_the_last(tiny, budget):
+    with Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=budget) as runtime:  # noqa: SIM117
+        with runtime.session(images=[tiny.picture]) as page:
+            with pytest.raises(PromptError, match="ask first"):
+                page.stream_again()
+            first = page.ask(QUESTIONS[0], max_tokens=N)
+            assert "".join(page.stream_again(max_tokens=N)) == first.text
+            second = page.reply("Why?", max_tokens=N)
+            assert "".join(page.stream_again(max_tokens=N)) == second.text
+            warm = "".join(page.stream_again(max_tokens=N, temperature=1.5, seed=1))
+            assert warm != second.text
+            third = page.reply("Since when?", max_tokens=N)
+            assert third.figures.prompt_tokens > second.figures.prompt_tokens + len(warm)
+            fourth = page.reply("And here?", [tiny.picture], max_tokens=N)
+            again = page.stream_again(max_tokens=N)
+            for _ in again:
+                pass
+            assert again.completion.figures.prompt_tokens == fourth.figures.prompt_tokens
+            messages = [
+                {"role": "user", "content": [picture(tiny), {"type": "text", "text": QUESTIONS[0]}]},
+                {"role": "assistant", "content": first.text},
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": warm},
+                {"role": "user", "content": "Since when?"},
+            ]
+            whole = runtime.create_chat_completion(messages, max_tokens=N)
+            assert whole["usage"]["prompt_tokens"] == third.figures.prompt_tokens
+            if budget is None:
+                assert whole["choices"][0]["message"]["content"] == third.text
+            assert page.kv_bytes > 2 * first.figures.kv_bytes_prompt
+
+
 def test_two_sessions_beside_each_other(tiny):
     with Runtime(tiny.text, tiny.mmproj, n_threads=1, kv_budget=24) as runtime:
         expected = [runtime.generate(question, [tiny.picture], max_tokens=N).text for question in QUESTIONS]
