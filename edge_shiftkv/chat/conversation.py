@@ -122,9 +122,9 @@ class Chat(Closing):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all that was said."""
+        """Tokens that the conversation takes of the runtime's `n_ctx`: of what was cut, those that were kept."""
         figures = self.turns[-1].answer.figures if self.turns else None
-        return figures.prompt_tokens + figures.generated_tokens if figures else 0
+        return figures.kept_tokens + figures.generated_tokens if figures else 0
 
     @property
     def kv_bytes(self) -> int | None:

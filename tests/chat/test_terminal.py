@@ -1,6 +1,7 @@
 """The chat in a terminal, as someone uses it."""
 
 import stat
+from pathlib import Path
 
 import pytest
 from support.terminal import Terminal
@@ -57,10 +58,25 @@ def test_a_conversation_about_a_picture(chat, files, demo):
     assert stats["prompt"] == f"{figures.prompt_tokens} tokens, 256 visual"
     assert stats["kept"] == f"{figures.kept_tokens} per layer and KV head"
     assert stats["conversation"] == "3 messages, 1 picture"
-    assert stats["context"] == f"{figures.prompt_tokens + figures.generated_tokens} of 1024 tokens"
+    assert stats["context"] == f"{figures.kept_tokens + figures.generated_tokens} of 1024 tokens"
     assert stats["memory"].endswith(" MiB of KV caches")
     terminal.press("\x04")
     assert terminal.end() == 0
+
+
+def test_the_transcript_in_the_docs(demo, tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs/howto/chat.md").read_text()
+    command, title, keys, *lines = page.split("```text\n")[1].split("\n```")[0].split("\n")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "demo").symlink_to(demo)
+    arguments = command.removeprefix("$ edge-shiftkv ").split()
+    with Terminal([*arguments, "--threads", 1], tmp_path / "state", cwd=tmp_path) as terminal:
+        terminal.prompt()
+        for line in lines:
+            prompt, entered, message = line.partition("> ")
+            if entered and prompt in ("", "1 picture "):
+                terminal.enter(message)
+        assert terminal.lines == [title, keys, *lines, ">"]
 
 
 def test_commands(chat, demo, tmp_path, files):

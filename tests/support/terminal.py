@@ -22,12 +22,13 @@ class Terminal:
     shown: all bytes that it wrote.
     """
 
-    def __init__(self, arguments: Sequence[object], state: Path, term: str = "xterm") -> None:
+    def __init__(self, arguments: Sequence[object], state: Path, term: str = "xterm", cwd: Path | None = None) -> None:
         environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": term}
         self._child = pexpect.spawn(
             *(sys.executable, ["-m", "edge_shiftkv", *map(str, arguments)]),
             env=environment,
             dimensions=(ROWS, COLUMNS),
+            cwd=cwd,
         )
         self._child.delaybeforesend = None
         self._screen = pyte.Screen(COLUMNS, ROWS)
