@@ -75,6 +75,16 @@ def test_a_stopped_message_is_forgotten(chat, tiny, budget):
     assert mine.prompt_tokens == others.prompt_tokens
 
 
+def test_a_picture_of_a_stopped_message_may_be_left_out(chat, tiny):
+    talk = chat()
+    fresh = say(talk, FIRST)
+    talk.clear()
+    talk.attach([str(tiny.picture)])
+    stop(talk, FIRST)
+    talk.attached = []
+    assert say(talk, FIRST) == fresh
+
+
 def test_again(chat, tiny):
     talk = chat()
     with pytest.raises(PromptError, match="no message to answer"):

@@ -1,5 +1,6 @@
 """The chat without a terminal, as a script uses it."""
 
+import signal
 import subprocess
 import sys
 
@@ -14,9 +15,9 @@ from edge_shiftkv.errors import PromptError
 def run(demo):
     """A function: arguments and the lines of stdin to the finished process."""
 
-    def call(*arguments, lines=()):
-        command = [sys.executable, "-m", "edge_shiftkv", "chat", "-m", demo / "demo-text-q8_0.gguf", "--threads", "1"]
-        command += ["--mmproj", demo / "demo-mmproj-f16.gguf", *arguments]
+    def call(*arguments, lines=(), model=None):
+        command = [sys.executable, "-m", "edge_shiftkv", "chat", "--threads", "1", *arguments, "-m"]
+        command += [model] if model else [demo / "demo-text-q8_0.gguf", "--mmproj", demo / "demo-mmproj-f16.gguf"]
         text = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
         return subprocess.run([*map(str, command)], input=text, capture_output=True, timeout=120, check=False)
 
@@ -43,6 +44,26 @@ def test_errors_go_to_stderr_and_the_chat_goes_on(run, demo):
     assert errors[0] == "edge-shiftkv chat: none.png: No such file or directory"
     assert "/clear begins a new conversation" in errors[1]
     assert (done.returncode, len(errors)) == (1, 2)
+
+
+def test_a_draft_changes_no_answer(run, tiny):
+    alone, drafted = (
+        run("-n", "12", *draft, lines=["Tell me all.", "And then?", "/stats"], model=tiny.text)
+        for draft in ((), ("--draft", tiny.text, "--draft-tokens", "3"))
+    )
+    assert drafted.stdout == alone.stdout
+    assert b"accepted" in drafted.stderr
+    assert b"accepted" not in alone.stderr
+
+
+def test_ctrl_c_ends_a_pipe(demo):
+    """There is nobody at a prompt to go on."""
+    command = [sys.executable, "-m", "edge_shiftkv", "chat", "-m", demo / "demo-text-q8_0.gguf", "--threads", "1"]
+    with subprocess.Popen([*map(str, command), "-p", "/help"], stdin=-1, stdout=-1, stderr=-1) as process:
+        assert process.stderr.readline().startswith(b"/image")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert b"Traceback" not in process.stderr.read()
 
 
 def test_bytes_that_are_no_text(run):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pexpect
 import pyte
 
-ROWS, COLUMNS = 120, 200
+ROWS, COLUMNS = 160, 160
 _PROMPT = re.compile(r"(\d pictures? )?>( |$)")
 
 
@@ -36,6 +36,7 @@ class Terminal:
         self._screen.write_process_input = lambda answer: self._child.send(answer)
         self._stream = pyte.ByteStream(self._screen)
         self._n_prompts = 0
+        self._lines: list[str] | None = None
         self.shown = b""
 
     def __enter__(self) -> Terminal:
@@ -47,7 +48,9 @@ class Terminal:
     @property
     def lines(self) -> list[str]:
         """What is on the screen, without the empty lines at its end."""
-        return "\n".join(line.rstrip() for line in self._screen.display).rstrip().split("\n")
+        if self._lines is None:
+            self._lines = "\n".join(line.rstrip() for line in self._screen.display).rstrip().split("\n")
+        return self._lines
 
     def press(self, keys: str) -> None:
         """Press keys."""
@@ -95,3 +98,4 @@ class Terminal:
                 raise AssertionError(f"no {what!r}:\n" + "\n".join(self.lines)) from None
             self.shown += data
             self._stream.feed(data)
+            self._lines = None
