@@ -1,5 +1,6 @@
 """The chat in a terminal, as someone uses it."""
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -113,7 +114,12 @@ def test_commands(chat, demo, tmp_path, files):
     assert terminal.enter("/load nothing.kv") == ["nothing.kv: No such file or directory"]
     assert terminal.enter("Read line 6.") == ["AREA 654.92"]
     assert figures(terminal)[0] > n_prompt + 10
+    terminal.enter(f"/image {document}")
     assert terminal.enter("/system Be brief.") == ['a new conversation, system message: "Be brief."']
+    assert terminal.lines[-1] == "1 picture >"
+    terminal.enter("/clear")
+    assert terminal.lines[-1] == ">"
+    assert terminal.enter("/system") == ['system message: "Be brief."']
     assert terminal.enter("/system none") == ["a new conversation, no system message"]
     assert terminal.enter("/system") == ["no system message"]
     assert terminal.enter("/imgae x.png")[0].startswith("/imgae is no command; did you mean /image?")
@@ -171,7 +177,7 @@ def test_ctrl_c_at_the_prompt(chat):
     assert terminal.end() == 0
 
 
-def test_lines_keys_and_completion(chat, demo):
+def test_lines_keys_and_completion(chat, demo, tmp_path):
     terminal = chat()
     terminal.press("/ima\t")
     terminal.wait("\n> /image$")
@@ -188,6 +194,13 @@ def test_lines_keys_and_completion(chat, demo):
     terminal.press(" snap\t")
     terminal.wait("\n> /method snapkv$")
     assert terminal.enter("")[0].startswith("method: snapkv")
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    shutil.copy(demo / "document.png", folder / "page one.png")
+    terminal.press(f"/image {demo}/document.png {tmp_path}/my\\ pictures/pa\t")
+    terminal.wait(r"pictures/page\\ one\.png$")
+    attached = f"attached to the next message: {demo / 'document.png'}, {folder / 'page one.png'}"
+    assert "".join(terminal.enter("")).endswith(attached)
 
 
 def test_the_history_is_the_users_alone(chat, tmp_path):
