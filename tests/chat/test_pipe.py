@@ -66,7 +66,14 @@ def test_ctrl_c_ends_a_pipe(demo):
         assert b"Traceback" not in process.stderr.read()
 
 
-def test_bytes_that_are_no_text(run):
+def test_lines_that_go_on(run):
+    done = run("--system", "Be brief.", lines=["/system", "/system a\\", "b\\", "c"])
+    expected = 'system message: "Be brief."\na new conversation, system message: "a\nb\nc"\n'
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (0, b"", expected)
+
+
+def test_bytes_that_are_no_text(run, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
     done = run(lines=["Read \udcff line 2."])
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -189,6 +189,9 @@ def test_lines_keys_and_completion(chat, demo, tmp_path):
     terminal.press("line\x1b\r2.\r")
     terminal.prompt()
     assert terminal.lines[-5:-2] == ["1 picture > Read", "... line", "... 2."]
+    terminal.press("/system a\\\x1b[D\r")  # a backslash after the cursor
+    terminal.prompt()
+    assert terminal.lines[-2] == 'a new conversation, system message: "a\\"'
     terminal.press("/met\t")
     terminal.wait("\n> /method$")
     terminal.press(" snap\t")
@@ -205,6 +208,9 @@ def test_lines_keys_and_completion(chat, demo, tmp_path):
 
 def test_the_history_is_the_users_alone(chat, tmp_path):
     first = chat()
+    first.press(b"/system a\xff\r")  # no character
+    first.prompt()
+    assert first.lines[-2] == 'a new conversation, system message: "a?"'
     first.enter("/system Be brief.")
     first.press("\x04")
     first.end()

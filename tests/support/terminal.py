@@ -52,7 +52,7 @@ class Terminal:
             self._lines = "\n".join(line.rstrip() for line in self._screen.display).rstrip().split("\n")
         return self._lines
 
-    def press(self, keys: str) -> None:
+    def press(self, keys: str | bytes) -> None:
         """Press keys."""
         self._child.send(keys)
 
