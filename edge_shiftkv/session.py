@@ -130,6 +130,7 @@ class Session(Closing):
         pictures = self._load(images)
         return self._stream([*self._turns, Message("user", (*pictures, text))], self._read_reply, options)
 
+    @takes_options
     def stream_again(self, **options: Unpack[Options]) -> Stream:
         """Another answer in the last one's place, piece by piece; `reply` then goes on from it.
 

@@ -67,8 +67,8 @@ def _talk(chat: Chat, place: Place, line: str | None) -> bool:
 
 def _title(arguments: argparse.Namespace, chat: Chat) -> str:
     draft = f", drafts by {Path(arguments.draft).name}" if arguments.draft else ""
-    pictures = "" if arguments.mmproj else ", without pictures (no --mmproj)"
+    pictures = "" if chat.runtime.engine.projector else ", without pictures (no --mmproj)"
     return (
-        f"{Path(arguments.model).name}{draft}{pictures}; budget: {commands.budget_text(chat)}, "
+        f"{chat.runtime.engine.path.name}{draft}{pictures}; budget: {commands.budget_text(chat)}, "
         f"method {commands.method_text(chat)}\n/help lists the commands, Ctrl-D ends."
     )
