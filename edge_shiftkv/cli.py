@@ -93,6 +93,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what clients have to send; repeatable; or the variable EDGE_SHIFTKV_API_KEY, which others do not see",
     )
     group.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
+    group.add_argument(
+        "--keep-prompt",
+        action="store_true",
+        help="with a budget, keep the uncut prompt, too: the next turn of a conversation only reads what is new",
+    )
     group.add_argument("--time-limit", type=float, metavar="S", help="most seconds that an answer may take")
     group.add_argument("--max-body", type=float, default=32, metavar="MIB", help="largest request (default: 32)")
     group.add_argument(

@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
     Request.of(**{**defaults, "time_limit": arguments.time_limit})
     with bind(arguments.host, arguments.port) as listener:
         settings = Settings(
-            model=Path(arguments.model).stem,
+            model=arguments.hf_repo or Path(arguments.model).stem,
             defaults=defaults,
             time_limit=arguments.time_limit,
             max_body=int(arguments.max_body * 2**20),
@@ -38,7 +38,10 @@ def main(arguments: argparse.Namespace) -> None:
             cors=tuple(arguments.cors),
             loopback=is_loopback(listener),
         )
-        with load_runtime(arguments) as runtime, Queue(runtime, arguments.queue) as queue:
+        with (
+            load_runtime(arguments, keep_prompt=arguments.keep_prompt) as runtime,
+            Queue(runtime, arguments.queue) as queue,
+        ):
             if not settings.loopback and not keys:
                 print(f"edge-shiftkv serve: whoever reaches {arguments.host} may ask: set --api-key", file=sys.stderr)
             serve(create_app(queue, settings), queue, listener, log=not arguments.quiet)

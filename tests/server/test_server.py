@@ -83,7 +83,9 @@ def test_a_budget_of_the_request(client, ask, own):
 
 def test_the_servers_own_settings(model, demo, ask, own):
     with (
-        serving(*model, "--kv-budget", "96", "--max-tokens", "3", "--quiet", "--image-root", demo) as server,
+        serving(
+            *model, "--kv-budget", "96", "--max-tokens", "3", "--keep-prompt", "--quiet", "--image-root", demo
+        ) as server,
         openai.OpenAI(base_url=server.url, api_key="none") as client,
     ):
         question = ask("Read line 2.")
