@@ -89,7 +89,8 @@ def create_app(queue: Queue, settings: Settings) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return _json({"status": "stopping"}, 503) if queue.stopping else _json({"status": "ok"})
+        about = {"status": "stopping" if queue.stopping else "ok", "requests": len(queue.jobs)}
+        return _json(about, 503 if queue.stopping else 200)
 
     @v1.get("/models")
     async def models() -> Response:
@@ -148,9 +149,10 @@ async def _body(request: Request, max_bytes: int) -> dict[str, Any]:
                 n_bytes += len(piece)
                 if n_bytes <= max_bytes:
                     data += piece
-            request.state.body_came = True
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {UPLOAD_S:g} s", "upload_time") from None
+    finally:
+        request.state.body_awaited = True
     if n_bytes > max_bytes:
         raise ApiError(
             413, f"the body has more than {max_bytes / 2**20:g} MiB, which is this server's limit", "too_large"
@@ -198,7 +200,7 @@ async def _events(request: Request, first: dict[str, Any], job: Job) -> AsyncIte
 
 async def _error_response(request: Request, error: Exception) -> Response:
     # Clients read an answer when they have sent all of the body: closing before that, it would be lost to them.
-    if not getattr(request.state, "body_came", False):
+    if not getattr(request.state, "body_awaited", False):
         with anyio.move_on_after(_DRAIN_S), suppress(ClientDisconnect):
             async for _ in request.stream():
                 pass

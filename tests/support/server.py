@@ -53,6 +53,11 @@ class Server:
         connection.sendall(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + data)
         return connection
 
+    def holds(self, n_requests: int) -> None:
+        """Wait until it has so many requests."""
+        while json.loads(answer(self.raw("GET", "/health"))[2])["requests"] != n_requests:
+            assert self.process.poll() is None, self.log()
+
     def log(self, n_lines: int = 0) -> list[str]:
         """The log's lines, when there are so many."""
         while len(lines := self._log.read_text().splitlines()) < n_lines:
