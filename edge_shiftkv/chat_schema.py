@@ -12,14 +12,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.errors import PromptError, SettingError
-from edge_shiftkv.prompts.images import AllowHttp, ImageSource, load_image
+from edge_shiftkv.prompts.images import AllowHttp, ImageRoot, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.request import Options
 from edge_shiftkv.results import Completion, TokenLogprob, TokenLogprobs
@@ -112,7 +111,7 @@ class ChatRequest:
     model: str | None = None
 
 
-def read_body(body: Mapping[str, Any], *, allow_http: AllowHttp = False, image_root: Path | None = None) -> ChatRequest:
+def read_body(body: Mapping[str, Any], *, allow_http: AllowHttp = False, image_root: ImageRoot = None) -> ChatRequest:
     """Read a request: "messages", and what `Body` has.
 
     None is as good as nothing, but for max_tokens and kv_budget, where `Options` says what it means.
@@ -219,7 +218,7 @@ def _schema(response_format: Any) -> Mapping[str, Any] | None:
 
 
 def parse_messages(
-    messages: Sequence[Mapping[str, Any]], *, allow_http: AllowHttp = False, image_root: Path | None = None
+    messages: Sequence[Mapping[str, Any]], *, allow_http: AllowHttp = False, image_root: ImageRoot = None
 ) -> list[Message]:
     """Read messages in the OpenAI schema; pictures may also be paths and PIL images.
 

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_build(commands)
     _add_run(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_demo(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -87,6 +88,36 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the first message")
     _add_sampling(parser)
     parser.set_defaults(run=_run)
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "answer OpenAI clients over HTTP, one request at a time"
+    parser = commands.add_parser("serve", help=text, description=text)
+    _add_model(parser)
+    # Requests come from others: without a folder they may not name files at all.
+    parser.set_defaults(run=_run, image_root=False)
+    _add_sampling(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="the address to serve at (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8080, help="default: %(default)s; 0 takes a free one")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="what clients have to send; repeatable; or the variable EDGE_SHIFTKV_API_KEY, which others do not see",
+    )
+    group.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
+    group.add_argument(
+        "--keep-prompt",
+        action="store_true",
+        help="with a budget, keep the uncut prompt, too: the next turn of a conversation only reads what is new",
+    )
+    group.add_argument("--time-limit", type=float, metavar="S", help="most seconds that an answer may take")
+    group.add_argument("--max-body", type=float, default=32, metavar="MIB", help="largest request (default: 32)")
+    group.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="a web page's origin that may ask; repeatable"
+    )
+    group.add_argument("--quiet", action="store_true", help="no line on stderr for each request")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
 from edge_shiftkv.errors import PromptError
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.prompts.conversation import Conversation
-from edge_shiftkv.prompts.images import AllowHttp, ImageSource, load_image
+from edge_shiftkv.prompts.images import AllowHttp, ImageRoot, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of, takes_options
@@ -63,7 +63,7 @@ class Runtime(Closing):
     allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses: True from public ones,
         "private" also from this machine's and private networks'.
     image_root: the folder that paths and ``file:`` URLs of pictures have to lead into, and relative ones start from;
-        None, the default, takes any file. To be set where prompts come from others.
+        None, the default, takes any file, and False none. To be set where prompts come from others.
     draft: path of the GGUF file of a model that drafts for this one, with any vocabulary (speculative decoding).
     draft_options: how it is used.
     progress: is told what goes on ("model", "mmproj" and "draft" while they are loaded, "prompt" while one is read),
@@ -88,7 +88,7 @@ class Runtime(Closing):
         keep_prompt: bool = False,
         image_cache: int = 64,
         allow_http: AllowHttp = False,
-        image_root: str | os.PathLike[str] | None = None,
+        image_root: str | os.PathLike[str] | Literal[False] | None = None,
         draft: str | os.PathLike[str] | None = None,
         draft_options: DraftOptions | None = None,
         progress: Progress | None = None,
@@ -99,7 +99,7 @@ class Runtime(Closing):
             check_number("n_ctx", n_ctx, 0, whole=True, note="None or 0 is the model's own")
         self._path = Path(model)
         self._allow_http = allow_http
-        self._image_root = None if image_root is None else Path(image_root)
+        self._image_root: ImageRoot = None if image_root is None else image_root is not False and Path(image_root)
         with ExitStack() as resources:
             engine = self.engine = resources.enter_context(
                 Engine(
@@ -302,6 +302,7 @@ class Runtime(Closing):
     @overload
     def create_chat_completion(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         *,
         stream: Literal[False] | None = False,
@@ -310,12 +311,17 @@ class Runtime(Closing):
 
     @overload
     def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Unpack[chat_schema.Body]
+        self, /, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Unpack[chat_schema.Body]
     ) -> Iterator[dict[str, Any]]: ...
 
     @takes_options
     def create_chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: bool | None = False, **options: Unpack[chat_schema.Body]
+        self,
+        /,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool | None = False,
+        **options: Unpack[chat_schema.Body],
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer a conversation in the OpenAI schema: a ``chat.completion``, or an iterator of its chunks.
 

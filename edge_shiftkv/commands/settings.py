@@ -19,7 +19,9 @@ def allow_http(arguments: argparse.Namespace) -> AllowHttp:
     return "private" if arguments.allow_http == "private" else bool(arguments.allow_http)
 
 
-def load_runtime(arguments: argparse.Namespace, progress: Progress | None = None) -> Runtime:
+def load_runtime(
+    arguments: argparse.Namespace, progress: Progress | None = None, *, keep_prompt: bool = False
+) -> Runtime:
     """Load the models that the arguments name. Raises what `Runtime` does, and HubError."""
     model, mmproj = _model_files(arguments)
     return Runtime(
@@ -32,6 +34,7 @@ def load_runtime(arguments: argparse.Namespace, progress: Progress | None = None
         type_v=arguments.type_v,
         n_gpu_layers=arguments.gpu_layers,
         n_threads=arguments.threads,
+        keep_prompt=keep_prompt,
         allow_http=allow_http(arguments),
         image_root=arguments.image_root,
         draft=arguments.draft,

@@ -34,16 +34,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 AllowHttp = bool | Literal["private"]
 """Whether pictures may come from http(s) addresses: from public ones, or also from those of private networks."""
 
+ImageRoot = Path | Literal[False] | None
+"""The folder that paths have to lead into; None for any file, False for none."""
+
 _MAX_ASPECT = 200  # as in Qwen2-VL's own preprocessing
 
 
-def load_image(source: ImageSource, *, allow_http: AllowHttp = False, image_root: Path | None = None) -> Image.Image:
+def load_image(source: ImageSource, *, allow_http: AllowHttp = False, image_root: ImageRoot = None) -> Image.Image:
     """Return a picture as an RGB image, turned as its EXIF data says; what is transparent becomes white.
 
     allow_http: whether http(s) URLs are fetched: True from public addresses, "private" from this machine's and private
         networks', too.
     image_root: the folder that paths and ``file:`` URLs have to lead into; relative ones start there. With it, errors
-        do not tell what files there are elsewhere.
+        do not tell what files there are elsewhere. None takes any file, False none.
 
     Of an animation it is the first frame. Raises ImageError when the picture cannot be had or read, is in none of the
     FORMATS, has more than MAX_BYTES or MAX_PIXELS, or is more than 200 times as long as wide.
@@ -72,7 +75,7 @@ def load_image(source: ImageSource, *, allow_http: AllowHttp = False, image_root
     return _rgb(image, short)
 
 
-def _read(name: str, allow_http: AllowHttp, root: Path | None) -> bytes:
+def _read(name: str, allow_http: AllowHttp, root: ImageRoot) -> bytes:
     scheme = name[: name.find(":")].lower() if ":" in name else ""
     if scheme == "data":
         return _data_url(name)
@@ -80,6 +83,8 @@ def _read(name: str, allow_http: AllowHttp, root: Path | None) -> bytes:
         if not allow_http:
             raise ValueError("the network is only used when asked for: pass allow_http=True")
         return fetch(name, max_bytes=MAX_BYTES, private=allow_http == "private")
+    if root is False:
+        raise ValueError("files are not read here: send the picture as a data: URL, or allow a folder as image_root")
     path = Path(_path_of_url(name) if scheme == "file" else name)
     return _file(path if root is None else _confined(path, root))
 

@@ -397,6 +397,9 @@ def test_messages_are_confined(rooted):
         return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
 
     assert parse_messages(message("a.png"), image_root=rooted)
+    for source in ("a.png", str(rooted / "a.png"), (rooted / "a.png").as_uri()):
+        with pytest.raises(ImageError, match="files are not read here"):
+            parse_messages(message(source), image_root=False)
     with pytest.raises(ImageError, match="no such file in the folder"):
         parse_messages(message("../outside/a.png"), image_root=rooted)
 
