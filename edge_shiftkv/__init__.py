@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_shiftkv.batch.batch import Batch, BatchResult
     from edge_shiftkv.engine.prefilled import Captured, ScoringMethod
     from edge_shiftkv.errors import (
         BusyError,
@@ -58,6 +59,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 _WHERE = {
+    "batch.batch": ("Batch", "BatchResult"),
     "engine.prefilled": ("Captured", "ScoringMethod"),
     "errors": (
         *("BusyError", "CancelledError", "ClosedError", "ContextOverflowError", "HubError", "ImageError"),
@@ -81,6 +83,8 @@ _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "Batch",
+    "BatchResult",
     "BusyError",
     "CancelledError",
     "Captured",

@@ -7,15 +7,15 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_shiftkv.engine.engine import Engine, Progress
 from edge_shiftkv.engine.prefilled import Prefilled
-from edge_shiftkv.engine.slot import Decoder, Slot
+from edge_shiftkv.engine.slot import Decoder, Slot, Written
 from edge_shiftkv.errors import ClosedError, ContextOverflowError
 from edge_shiftkv.grammar import Grammar
 from edge_shiftkv.native import shiftkv
-from edge_shiftkv.native.llama import Context
+from edge_shiftkv.native.llama import Model
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.prompt import Continued, Prompt
 from edge_shiftkv.request import Request
@@ -23,7 +23,7 @@ from edge_shiftkv.results import Completion, Figures, FinishReason, TokenLogprob
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.selection.results import Selection
 from edge_shiftkv.speculative.loop import Drafting
-from edge_shiftkv.stream import Stream, Turn
+from edge_shiftkv.stream import Running, Stream, Turn
 from edge_shiftkv.text import TextAssembler
 
 
@@ -41,6 +41,8 @@ class Begun:
 
 
 AnyPrompt = Prompt | Continued
+
+Active = TypeVar("Active", bound=Running[Any, Any])
 
 Read = Callable[[Any, "Beginning"], Begun]
 """Reads a prompt and draws the first token of its answer."""
@@ -73,7 +75,7 @@ class Requests:
         self.drafting = drafting
         self._progress = progress
         self._turn = Turn()
-        self._active: weakref.ref[Stream] | None = None
+        self._active: weakref.ref[Running[Any, Any]] | None = None
         self._closed = False
 
     def stream(
@@ -92,26 +94,48 @@ class Requests:
 
         Raises what is wrong with the request: PromptError, ContextOverflowError, SettingError, BusyError, ClosedError.
         """
+
+        def start(turn: Turn, cancel: Callable[[], None]) -> Stream:
+            self.engine.interrupt.limit(request.time_limit)
+            prompt = (make_prompt or self.engine.prompt)(conversation)
+            logprobs: list[TokenLogprobs] | None = None if request.sampling.logprobs is None else []
+            steps = self._answer(prompt, self.room(prompt, request), conversation, request, read, wrote, logprobs)
+            return Stream(steps, turn, cancel, logprobs)
+
+        self._check_open()
+        request.sampling.check(self.engine.model.n_vocab)
+        if request.sampling.gbnf:
+            Grammar(self.engine.model, request.sampling.gbnf).close()  # so that errors come now
+        return self.start(start)
+
+    def start(self, make: Callable[[Turn, Callable[[], None]], Active]) -> Active:
+        """What `make` makes of whose turn it is and of what cancels it, in place of what ran before.
+
+        Raises BusyError, ClosedError, and what `make` does.
+        """
         interrupt = self.engine.interrupt
         with self._turn.taken():
             self._check_open()
-            request.sampling.check(self.engine.model.n_vocab)
-            if request.sampling.gbnf:
-                Grammar(self.engine.model, request.sampling.gbnf).close()  # so that errors come now
             self._end_active()
-            interrupt.begin(request.time_limit)
-            prompt = (make_prompt or self.engine.prompt)(conversation)
-            if self._room(prompt) < 1:
-                prompt.close()
-                n_held = prompt.n_tokens - prompt.n_dropped
-                if n_held < self.n_ctx:  # it is the model that knows no more positions
-                    raise too_long(prompt.n_tokens, max(self.n_ctx, self.engine.model.n_ctx_train))
-                raise too_long(n_held, self.n_ctx, prompt.n_image_tokens)
-            logprobs: list[TokenLogprobs] | None = None if request.sampling.logprobs is None else []
-            steps = self._answer(prompt, conversation, request, read, wrote, logprobs)
-            stream = Stream(steps, self._turn, interrupt.cancel, logprobs)
-            self._active = weakref.ref(stream)
-        return stream
+            interrupt.begin()
+            active = make(self._turn, interrupt.cancel)
+            self._active = weakref.ref(active)
+        return active
+
+    def room(self, prompt: AnyPrompt, request: Request) -> int:
+        """The tokens that an answer may have, by the KV pairs that there are and the positions that the model knows.
+
+        Closes the prompt and raises ContextOverflowError where there are none.
+        """
+        n_positions = max(self.n_ctx, self.engine.model.n_ctx_train)
+        room = min(self.n_ctx + prompt.n_dropped, n_positions) - prompt.n_tokens
+        if room < 1:
+            prompt.close()
+            n_held = prompt.n_tokens - prompt.n_dropped
+            if n_held < self.n_ctx:  # it is the model that knows no more positions
+                raise too_long(prompt.n_tokens, n_positions)
+            raise too_long(n_held, self.n_ctx, prompt.n_image_tokens)
+        return room if request.max_tokens is None else min(room, request.max_tokens)
 
     def now(self, work: Callable[[], None]) -> None:
         """Do something that is no answer. Raises BusyError, ClosedError, and what `work` does."""
@@ -127,11 +151,6 @@ class Requests:
             self._end_active()
             self._closed = True
             free()
-
-    def _room(self, prompt: AnyPrompt) -> int:
-        """The tokens that an answer may have, by the KV pairs that there are and the positions that the model knows."""
-        n_positions = max(self.n_ctx, self.engine.model.n_ctx_train)
-        return min(self.n_ctx + prompt.n_dropped, n_positions) - prompt.n_tokens
 
     def report(self, done: int, total: int) -> None:
         """Tell how much of a prompt is read."""
@@ -151,6 +170,7 @@ class Requests:
     def _answer(
         self,
         prompt: AnyPrompt,
+        room: int,
         conversation: Conversation,
         request: Request,
         read: Read,
@@ -158,9 +178,6 @@ class Requests:
         logprobs: list[TokenLogprobs] | None,
     ) -> Generator[str, None, Completion]:
         model, drafting = self.engine.model, self.drafting
-        room = self._room(prompt)
-        if request.max_tokens is not None:
-            room = min(room, request.max_tokens)
         with closing(prompt), closing(Sampler(model, request.sampling)) as sampler, ExitStack() as ends:
             begun = read(prompt, Beginning(request, sampler, room, drafting.n_pass if drafting else 1))
             prompt.close()  # its pictures are not needed any more
@@ -176,38 +193,76 @@ class Requests:
                 )
             else:
                 decoder = Slot(prefilled.context, sampler, prefilled.position)
-            assembler = TextAssembler(request.stop)
-            token, tokens, pieces = begun.token, [], []
-            finish_reason: FinishReason = "stop"
-            while not model.ends_generation(token):
-                tokens.append(token)
-                if logprobs is not None:
-                    logprobs.append(sampler.logprobs[len(tokens) - 1])
-                if text := assembler.push(model.piece(token)):
-                    pieces.append(text)
+            answer, token = Answer(model, request, sampler, room, logprobs), begun.token
+            while True:
+                if text := answer.push(token):
                     yield text
-                if assembler.stopped:
-                    break
-                if len(tokens) == room:
-                    finish_reason = "length"
+                if answer.finish_reason:
                     break
                 token = decoder.advance(token)
-            if text := assembler.finish():
-                pieces.append(text)
-                yield text
-        text = "".join(pieces)
-        prefilled.wrote(tokens[: decoder.steps])  # the last one was drawn only
+        prefilled.wrote(answer.tokens[: decoder.steps])  # the last one was drawn only
+        completion = answer.completion(begun, decoder)
         if wrote:
-            wrote(prefilled, text)
+            wrote(prefilled, completion.text)
+        return completion
+
+
+class Answer:
+    """An answer as it grows, token by token.
+
+    tokens: those that are part of it.
+    finish_reason: why it ended; None before.
+    logprobs: is given those of its tokens, where they are wanted.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        request: Request,
+        sampler: Sampler,
+        room: int,
+        logprobs: list[TokenLogprobs] | None = None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._model = model
+        self._sampler = sampler
+        self._room = room
+        self._logprobs = logprobs
+        self._assembler = TextAssembler(request.stop)
+        self._pieces: list[str] = []
+
+    def push(self, token: int) -> str:
+        """Take the token drawn last; return the text that is final now."""
+        text = ""
+        if self._model.ends_generation(token):
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+            if self._logprobs is not None:
+                self._logprobs.append(self._sampler.logprobs[len(self.tokens) - 1])
+            text = self._assembler.push(self._model.piece(token))
+            if self._assembler.stopped:
+                self.finish_reason = "stop"
+            elif len(self.tokens) == self._room:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            text += self._assembler.finish()
+        self._pieces.append(text)
+        return text
+
+    def completion(self, begun: Begun, written: Written) -> Completion:
+        """The whole answer, which is at its end."""
+        assert self.finish_reason
         figures = replace(
             begun.figures,
-            generated_tokens=len(tokens),
-            decode_s=decoder.seconds,
-            tokens_per_second=decoder.steps / decoder.seconds if decoder.steps else None,
-            draft=decoder.figures,
+            generated_tokens=len(self.tokens),
+            decode_s=written.seconds,
+            tokens_per_second=written.steps / written.seconds if written.steps else None,
+            draft=written.figures,
         )
-        noted = None if logprobs is None else tuple(logprobs)
-        return Completion(text, finish_reason, figures, begun.selection, noted)
+        logprobs = None if self._logprobs is None else tuple(self._logprobs)
+        return Completion("".join(self._pieces), self.finish_reason, figures, begun.selection, logprobs)
 
 
 def too_long(n_tokens: int, n_ctx: int, n_image_tokens: int = 0) -> ContextOverflowError:
@@ -245,17 +300,22 @@ def begin(prompt: AnyPrompt, prefilled: Prefilled, beginning: Beginning, started
     return Begun(prefilled, token, figures)
 
 
-def cut(begun: Begun, budget: int, beginning: Beginning, small: Callable[[int], Context]) -> Begun:
-    """Go on in a small context, with what the request's method keeps.
+def n_cells(model: Model, n_tokens: int, budget: int, room: int) -> int:
+    """The tokens of a context for an answer of `room` tokens after a prompt that is cut to a budget."""
+    # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
+    return max(budget, min(model.window, n_tokens)) + room
 
-    small: gives an empty context for so many tokens.
+
+def cut(begun: Begun, budget: int, beginning: Beginning, hand_over: Callable[[Prefilled, int], Prefilled]) -> Begun:
+    """Go on with what the request's method keeps.
+
+    hand_over: copies it to where there is room for so many tokens, and returns what is held there.
     """
     started = time.perf_counter()
     prefilled = begun.prefilled
     selection = prefilled.select(beginning.request.kv_method, budget)
-    # Sliding-window layers are handed over whole; llama.cpp gives them no more cells than the others.
-    n_ctx = max(budget, min(prefilled.context.model.window, prefilled.n_tokens)) + beginning.room
-    after = prefilled.handed_over(small(n_ctx))
+    n_ctx = n_cells(prefilled.context.model, prefilled.n_tokens, budget, beginning.room)
+    after = hand_over(prefilled, n_ctx)
     info = shiftkv.info(prefilled.context)
     figures = replace(
         begun.figures,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -15,12 +15,14 @@ from typing_extensions import Unpack
 
 from edge_shiftkv import chat_schema, hub, session_file
 from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
+from edge_shiftkv.batch.batch import Batch, Many
+from edge_shiftkv.batch.rows import Ready, Rows, read_row
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
-from edge_shiftkv.engine.engine import Engine, KeptContext, Progress
+from edge_shiftkv.engine.engine import Engine, KeptContext, KeptPrompt, Progress, roomy
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
-from edge_shiftkv.errors import PromptError
-from edge_shiftkv.native.llama import Context
+from edge_shiftkv.errors import PromptError, SettingError
+from edge_shiftkv.native.llama import MAX_SEQUENCES
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import AllowHttp, ImageRoot, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
@@ -31,9 +33,7 @@ from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.session import Session
 from edge_shiftkv.speculative.loop import Drafting
 from edge_shiftkv.speculative.options import DraftOptions
-from edge_shiftkv.stream import Stream
-
-_SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
+from edge_shiftkv.stream import Stream, Turn
 
 
 class Runtime(Closing):
@@ -121,9 +121,8 @@ class Runtime(Closing):
             resources.callback(self._kept.close)
             self._prefilled: Prefilled | None = None  # in the kept context, if it was not cut
             self._keep_prompt = keep_prompt
-            self._large = KeptContext(engine)
-            resources.callback(self._large.close)
-            self._uncut: Prefilled | None = None  # in the large one
+            self._uncut = KeptPrompt(engine)
+            resources.callback(self._uncut.close)
             sessions = self._sessions = weakref.WeakSet[Session]()
             resources.callback(_close_all, sessions)
             # Also when it is dropped without close(), and at the interpreter's exit.
@@ -228,14 +227,68 @@ class Runtime(Closing):
         self, prompt: str, images: Sequence[ImageSource] = (), *, raw: bool = False, **options: Unpack[Options]
     ) -> Stream:
         """`generate`, piece by piece. What is wrong with the request is raised here, not by the stream."""
-        if not isinstance(prompt, str):
-            hint = "; messages go to create_chat_completion" if isinstance(prompt, Sequence) else ""
-            raise PromptError(f"the prompt has to be text, not {prompt!r:.200}{hint}")
-        if not prompt.strip() and not images:
-            raise PromptError("the prompt is empty")
-        pictures = self._load(images)
-        text = (prompt,) if prompt else ()
-        return self._stream(Conversation([Message("user", (*pictures, *text))], raw), options)
+        return self._stream(self._asked(prompt, images, raw), options)
+
+    @takes_options
+    def generate_many(
+        self,
+        requests: Iterable[Mapping[str, Any]],
+        *,
+        n_parallel: int = 8,
+        ordered: bool = True,
+        **options: Unpack[Options],
+    ) -> Batch:
+        """Answer many requests, several of them at a time: an iterator over `BatchResult`.
+
+        Prompts are read one by one; the answers to `n_parallel` of them are written side by side, a token of each in
+        one pass over the weights. Requests are taken from the iterator as they are needed, a few of them ahead, so it
+        may be endless. Those that follow each other about the same picture read it once.
+
+        requests: a mapping each, of what `generate` takes by name (prompt, images, raw and options), or what
+            `create_chat_completion` does (messages and so on), but that its answers come whole.
+        n_parallel: answers written at a time, 1 to 256. Each has a KV cache for the longest that was met of what a
+            prompt keeps and its max_tokens. Models whose KV pairs cannot be handed over, as those of recurrent models,
+            write one at a time.
+        ordered: give results in the order of the requests; else each as soon as it is there.
+        options: those of requests that do not say otherwise; a time_limit counts from when a request is begun.
+
+        What is wrong with one request is its result's error, and the others are answered. What the iterator raises is
+        raised after the last answer. Closing the batch, another request to the runtime, `cancel` and Ctrl-C end it.
+        When a pass over the weights fails, those in it are each tried again, alone.
+
+        An answer is the one that `generate` gives, seed for seed, where the arithmetic of a token does not depend on
+        what is computed beside it. On an x86 CPU that is so with weights in Q8_0, Q5_0, Q5_1, Q4_0 and Q4_1; in
+        K-quants and IQ4_NL with n_parallel up to 3. More than 256 KV pairs, kept and written, need n_threads=1 for it.
+        Elsewhere, and in F32, F16 and BF16, sums are rounded otherwise: an answer may differ where two tokens are
+        almost equally likely.
+
+        Raises SettingError for an option out of its range, or with a draft, which writes one answer at a time;
+        BusyError.
+
+        Example::
+
+            rows = [{"prompt": "What is the total?", "images": [path]} for path in paths]
+            for result in runtime.generate_many(rows, max_tokens=32):
+                print(paths[result.index], result.error or result.completion.text)
+        """
+        if not (isinstance(n_parallel, int) and 1 <= n_parallel <= MAX_SEQUENCES):
+            raise SettingError(f"n_parallel is {n_parallel}: it has to be 1 to {MAX_SEQUENCES}")
+        if self.drafting:
+            raise SettingError("a draft writes one answer at a time: set `runtime.drafting = None` to write many")
+        n_vocab = self.engine.model.n_vocab
+        self._request(options).sampling.check(n_vocab)
+
+        def ready(given: Any) -> Ready:
+            conversation, own = read_row(given, self._asked, self._body)
+            request = self._request({**options, **own})
+            request.sampling.check(n_vocab)
+            return Ready(conversation, request)
+
+        def make(turn: Turn, cancel: Callable[[], None]) -> Batch:
+            rows = Rows(iter(requests), ready, self.engine.interrupt)
+            return Batch(Many(self._requests, rows, n_parallel, ordered=ordered), turn, cancel)
+
+        return self._requests.start(make)
 
     def session(
         self,
@@ -342,8 +395,7 @@ class Runtime(Closing):
             )
             reply["choices"][0]["message"]["content"]
         """
-        body = {"messages": messages, "stream": stream, **options}
-        asked = chat_schema.read_body(body, allow_http=self._allow_http, image_root=self._image_root)
+        asked = self._body({"messages": messages, "stream": stream, **options})
         answer = self._stream(Conversation(asked.messages), asked.options)
         model = str(self._path) if asked.model is None else asked.model
         if asked.stream:
@@ -358,11 +410,28 @@ class Runtime(Closing):
             raise PromptError(f"images has to be a list of pictures: pass {hint}")
         return [load_image(image, allow_http=self._allow_http, image_root=self._image_root) for image in images]
 
+    def _asked(self, prompt: str, images: Sequence[ImageSource] = (), raw: bool = False) -> Conversation:
+        """What `generate` is asked, its pictures loaded."""
+        if not isinstance(prompt, str):
+            hint = "; messages go to create_chat_completion" if isinstance(prompt, Sequence) else ""
+            raise PromptError(f"the prompt has to be text, not {prompt!r:.200}{hint}")
+        if not prompt.strip() and not images:
+            raise PromptError("the prompt is empty")
+        pictures = self._load(images)
+        text = (prompt,) if prompt else ()
+        return Conversation([Message("user", (*pictures, *text))], raw)
+
+    def _body(self, body: Mapping[str, Any]) -> chat_schema.ChatRequest:
+        """What a client asks in the OpenAI schema, its pictures loaded."""
+        return chat_schema.read_body(body, allow_http=self._allow_http, image_root=self._image_root)
+
     def _stream(self, conversation: Conversation, options: Options) -> Stream:
+        return self._requests.stream(conversation, self._request(options), self._read)
+
+    def _request(self, options: Options) -> Request:
         settings: dict[str, Any] = {"kv_budget": self.kv_budget, **options}
         settings["kv_method"] = options.get("kv_method") or self.kv_method
-        request = Request.of(**settings)
-        return self._requests.stream(conversation, request, self._read)
+        return Request.of(**settings)
 
     def _read(self, prompt: Prompt, beginning: Beginning) -> Begun:
         """Read the prompt, draw the first token, and cut the KV cache where it is over the budget."""
@@ -370,42 +439,26 @@ class Runtime(Closing):
         request, n_batch = beginning.request, self.engine.batch(prompt)
         budget = budget_for(request.kv_budget, prompt.n_tokens)
         if budget is None:
-            context = self._kept.get(_roomy(prompt.n_tokens + beginning.room), n_batch, beginning.n_pass)
+            context = self._kept.get(roomy(prompt.n_tokens + beginning.room), n_batch, beginning.n_pass)
             if self._prefilled is None or self._prefilled.context is not context:
                 context.clear()
                 self._prefilled = Prefilled(context, self.engine.projector)
             self._prefilled.read(prompt, self._requests.report)
             return begin(prompt, self._prefilled, beginning, started)
 
-        def small(n_ctx: int) -> Context:
+        def hand_over(uncut: Prefilled, n_ctx: int) -> Prefilled:
             context = self._kept.get(n_ctx, beginning.n_pass, beginning.n_pass)
             context.clear()
             self._prefilled = None
-            return context
+            return uncut.handed_over(context)
 
         n_query = request.kv_method.n_query
         if self._keep_prompt:
-            uncut = self._uncut_for(prompt, n_query)
-            uncut.read(prompt, self._requests.report)
-            return cut(begin(prompt, uncut, beginning, started), budget, beginning, small)
+            uncut = self._uncut.read(prompt, n_query, self._requests.report)
+            return cut(begin(prompt, uncut, beginning, started), budget, beginning, hand_over)
         with closing(self.engine.context(prompt.n_tokens, n_batch)) as large:
-            prefilled = self.engine.read(prompt, large, n_query=n_query, report=self._requests.report)
-            return cut(begin(prompt, prefilled, beginning, started), budget, beginning, small)
-
-    def _uncut_for(self, prompt: Prompt, n_query: int) -> Prefilled:
-        """What the large context holds, with the last queries that a selection needs; it has room for the prompt."""
-        context = self._large.get(_roomy(prompt.n_tokens), self.engine.batch(prompt))
-        uncut = self._uncut
-        if uncut is None or uncut.context is not context or uncut.n_query < n_query:
-            context.clear()
-            uncut = self._uncut = Prefilled(context, self.engine.projector, n_query=n_query, n_spare=_SPARE)
-        return uncut
-
-
-def _roomy(n_ctx: int) -> int:
-    """A little more, so that a conversation can grow: what a context held is read again when it gets too small."""
-    step = max(256, 1 << max(0, n_ctx.bit_length() - 3))
-    return -(-n_ctx // step) * step
+            uncut = self.engine.read(prompt, large, n_query=n_query, report=self._requests.report)
+            return cut(begin(prompt, uncut, beginning, started), budget, beginning, hand_over)
 
 
 def _close_all(sessions: weakref.WeakSet[Session]) -> None:

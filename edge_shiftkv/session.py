@@ -306,7 +306,7 @@ class Session(Closing):
             with closing(self._continued(self._conversation, self._head if self._is_fixed else Head())) as whole:
                 base.read(whole, self._requests.report, whole_batches=False, most=most)
         begun = begin(prompt, base, beginning, started)
-        return begun if budget is None else cut(begun, budget, beginning, self._empty)
+        return begun if budget is None else cut(begun, budget, beginning, self._hand_over)
 
     def _read_reply(self, prompt: AnyPrompt, beginning: Beginning) -> Begun:
         started = time.perf_counter()
@@ -338,7 +338,10 @@ class Session(Closing):
         with closing(engine.context(n_ctx, engine.batch(prompt))) as large:
             whole = last.moved(large, n_query=beginning.request.kv_method.n_query)
             whole.read(prompt, self._requests.report, whole_batches=False)
-            return cut(begin(prompt, whole, beginning, started), n_held + budget, beginning, self._empty)
+            return cut(begin(prompt, whole, beginning, started), n_held + budget, beginning, self._hand_over)
+
+    def _hand_over(self, prefilled: Prefilled, n_ctx: int) -> Prefilled:
+        return prefilled.handed_over(self._empty(n_ctx))
 
     def _empty(self, n_ctx: int) -> Context:
         """The context for a cut answer, empty; it has room for a reply, too."""

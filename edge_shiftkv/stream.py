@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.errors import BusyError, ClosedError, ShiftKVError
@@ -45,14 +47,66 @@ class Turn:
                 del self._holder[""]
 
 
-class Stream(Closing):
-    """An answer as it is written: an iterator over pieces of text.
+Item = TypeVar("Item")
+End = TypeVar("End")
+
+
+class Running(Closing, Generic[Item, End]):
+    """What a runtime does step by step: an iterator over what comes out of it.
 
     Closing it, or starting another request in the same runtime, ends it early. So does `cancel`, from any thread:
-    whoever waits for the next piece gets a CancelledError.
+    whoever waits for the next step gets a CancelledError.
+    """
+
+    _what: str
+
+    def __init__(self, steps: Generator[Item, None, End], turn: Turn, cancel: Callable[[], None]) -> None:
+        self._steps = steps
+        self._turn = turn
+        self._cancel = cancel
+        self._end: End | None = None
+        self._is_complete = self._superseded = False
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        with self._turn.taken():
+            if self._superseded:
+                raise ClosedError(f"the {self._what} was ended: its runtime was closed or got another request")
+            is_over = inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED
+            try:
+                return next(self._steps)
+            except StopIteration as end:
+                if not is_over:
+                    self._end, self._is_complete = end.value, True
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """End it, from any thread: what computes it raises CancelledError soon. It waits for nothing."""
+        if not self._superseded and not self._is_complete:
+            self._cancel()
+
+    def close(self) -> None:
+        """End it early; a second call does nothing. A thread that waits for its next step is cancelled."""
+        if self._superseded or self._is_complete:
+            return
+        with self._turn.taken(wait=self.cancel):
+            self._steps.close()
+
+    def supersede(self) -> None:
+        """End it because its runtime goes on to something else; to be called in turn."""
+        self._superseded = not self._is_complete
+        self._steps.close()
+
+
+class Stream(Running[str, Completion]):
+    """An answer as it is written: an iterator over pieces of text; see `Running`.
 
     logprobs: of the tokens so far, as in `Completion`; text may come later than its tokens.
     """
+
+    _what = "stream"
 
     def __init__(
         self,
@@ -61,46 +115,12 @@ class Stream(Closing):
         cancel: Callable[[], None],
         logprobs: Sequence[TokenLogprobs] | None = None,
     ) -> None:
+        super().__init__(steps, turn, cancel)
         self.logprobs = logprobs
-        self._steps = steps
-        self._turn = turn
-        self._cancel = cancel
-        self._completion: Completion | None = None
-        self._superseded = False
 
     @property
     def completion(self) -> Completion:
         """The whole answer with its figures. Raises ShiftKVError before the last piece was taken."""
-        if not self._completion:
+        if not self._end:
             raise ShiftKVError("the answer is not complete: iterate to the end first")
-        return self._completion
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        with self._turn.taken():
-            if self._superseded:
-                raise ClosedError("the stream was ended: its runtime was closed or got another request")
-            try:
-                return next(self._steps)
-            except StopIteration as end:
-                self._completion = end.value or self._completion
-        raise StopIteration
-
-    def cancel(self) -> None:
-        """End the answer, from any thread: what computes it raises CancelledError soon. It waits for nothing."""
-        if not self._superseded and not self._completion:
-            self._cancel()
-
-    def close(self) -> None:
-        """End the answer early; a second call does nothing. A thread that waits for its next piece is cancelled."""
-        if self._superseded or self._completion:
-            return
-        with self._turn.taken(wait=self.cancel):
-            self._steps.close()
-
-    def supersede(self) -> None:
-        """End the answer because its runtime goes on to something else; to be called in turn."""
-        self._superseded = self._completion is None
-        self._steps.close()
+        return self._end

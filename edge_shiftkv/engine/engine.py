@@ -20,6 +20,7 @@ from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Continued, Prompt
 
 _MIB = 1 << 20
+_SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
 
 Progress = Callable[[str, int, int], None]
 """Is told what goes on, how much of it is done, and of how much."""
@@ -88,11 +89,12 @@ class Engine(Closing):
             conversation = Conversation(conversation)
         return Prompt(conversation.parts(self.template), self.model, self.projector)
 
-    def context(self, n_ctx: int, n_batch: int = BATCH, *, n_outputs: int = 1) -> Context:
+    def context(self, n_ctx: int, n_batch: int = BATCH, *, n_outputs: int = 1, n_seq: int = 1) -> Context:
         """An empty context of `n_ctx` tokens, to be closed by the caller.
 
         n_batch: tokens decoded at once, at most.
         n_outputs: tokens of one `decode` that logits are wanted for, at most.
+        n_seq: sequences, each with `n_ctx` tokens.
 
         Raises ShiftKVError when the memory for it cannot be had.
         """
@@ -102,6 +104,7 @@ class Engine(Closing):
             type_v=self.type_v,
             n_threads=self.n_threads,
             n_outputs=n_outputs,
+            n_seq=n_seq,
             interrupt=self.interrupt,
         )
 
@@ -158,3 +161,43 @@ class KeptContext:
         # One with larger batches would do, but its buffers are many times those of a context that only decodes.
         same_batch = context.n_batch == min(n_batch, context.n_ctx)
         return context.n_ctx >= n_ctx and same_batch and context.n_outputs == min(n_outputs, context.n_batch)
+
+
+class KeptPrompt:
+    """Reads one prompt after the other in a context that stays: only what differs from the one before is read.
+
+    What it holds is as if each prompt had been read anew: see `Prefilled.read`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._context = KeptContext(engine)
+        self._prefilled: Prefilled | None = None
+
+    def read(self, prompt: Prompt, n_query: int, report: Callable[[int, int], None] | None = None) -> Prefilled:
+        """Hold a prompt, with the last queries that a selection needs. Raises what `Prefilled` and its `read` do."""
+        context = self._context.get(roomy(prompt.n_tokens), self._engine.batch(prompt))
+        prefilled = self._prefilled
+        if prefilled is None or prefilled.context is not context or prefilled.n_query < n_query:
+            self._prefilled = None
+            context.clear()
+            n_spare = _SPARE if n_query else 0
+            prefilled = Prefilled(context, self._engine.projector, n_query=n_query, n_spare=n_spare)
+            self._prefilled = prefilled
+        prefilled.read(prompt, report)
+        return prefilled
+
+    def forget(self) -> None:
+        """Have the next prompt read from its beginning."""
+        self._prefilled = None
+
+    def close(self) -> None:
+        """Free the context; `read` makes a new one."""
+        self._prefilled = None
+        self._context.close()
+
+
+def roomy(n_ctx: int) -> int:
+    """A little more, so that a conversation can grow: what a context held is read again when it gets too small."""
+    step = max(256, 1 << max(0, n_ctx.bit_length() - 3))
+    return -(-n_ctx // step) * step

@@ -77,11 +77,12 @@ class Captured:
     image_spans: where its visual tokens are.
     """
 
-    def __init__(self, context: Context, n_tokens: int, image_spans: Sequence[ImageSpan]) -> None:
+    def __init__(self, context: Context, n_tokens: int, image_spans: Sequence[ImageSpan], n_query: int) -> None:
         self.layers = shiftkv.layers(context)
         self.n_tokens = n_tokens
         self.image_spans = tuple(image_spans)
         self._context = context
+        self._n_query = n_query  # others may want more
 
     def keys(self, layer: int) -> Floats:
         """The keys of all tokens as attention sees them, [n_head_kv, n_tokens, n_embd_head]. Raises ShiftKVError."""
@@ -90,11 +91,11 @@ class Captured:
 
     def queries(self, layer: int) -> Floats:
         """The last queries as attention sees them, [n_query or less, n_head, n_embd_head]. Raises ShiftKVError."""
-        return shiftkv.queries(self._context, layer)
+        return shiftkv.queries(self._context, layer)[-self._n_query :]
 
     def hidden(self, layer: int) -> Floats:
         """What the last queries were projected from, [n_query or less, n_embd]. Raises ShiftKVError."""
-        return shiftkv.hidden(self._context, layer)
+        return shiftkv.hidden(self._context, layer)[-self._n_query :]
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ class Prefilled:
             if isinstance(method, ScoringMethod):
                 params = shiftkv.default_params(shiftkv.Method.RANDOM)
                 params.budget, params.n_prompt = budget, n_prompt
-                captured = Captured(self.context, n_prompt, image_spans)
+                captured = Captured(self.context, n_prompt, image_spans, method.n_query)
                 shiftkv.select_scores(self.context, params, method.scores(captured, budget))
             else:
                 params = method.params(budget, self.context.model.architecture)
@@ -351,13 +352,23 @@ class Prefilled:
             for span in spans
         ]
 
-    def hand_over(self, context: Context) -> int:
-        """Copy the pairs of the last `select` into another context, which holds nothing else then.
+    def select_all(self) -> None:
+        """Choose all that was read, which has to be captured. Raises ShiftKVError, and CancelledError."""
+        params = shiftkv.default_params(shiftkv.Method.STREAMINGLLM)
+        params.budget = max(2, self.n_tokens - self.n_dropped)
+        try:
+            shiftkv.select(self.context, params)
+        except ShiftKVError:
+            self.context.interrupt.check()
+            raise
+
+    def hand_over(self, context: Context, sequence: int = 0) -> int:
+        """Copy the pairs of the last `select` into a sequence of another context, which holds nothing else then.
 
         Returns the position to go on at there. Raises ShiftKVError, and CancelledError.
         """
         try:
-            after = shiftkv.compact(self.context, context)
+            after = shiftkv.compact(self.context, context, sequence)
         except ShiftKVError:
             context.interrupt.check()
             raise

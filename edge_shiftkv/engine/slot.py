@@ -10,10 +10,10 @@ from edge_shiftkv.results import DraftFigures
 from edge_shiftkv.sampling import Sampler
 
 
-class Decoder(Protocol):
-    """What writes an answer: a `Slot`, or one with the help of a draft.
+class Written(Protocol):
+    """What it took to write an answer.
 
-    steps: calls of `advance`.
+    steps: passes after the prompt.
     seconds: time they took.
     """
 
@@ -24,6 +24,10 @@ class Decoder(Protocol):
     def figures(self) -> DraftFigures | None:
         """What a draft did; None without one."""
         ...
+
+
+class Decoder(Written, Protocol):
+    """What writes an answer: a `Slot`, or one with the help of a draft."""
 
     def advance(self, token: int) -> int:
         """Decode the token drawn last and draw the next one. Raises ShiftKVError."""

@@ -108,6 +108,10 @@ class Interrupt:
     def begin(self, time_limit: float | None = None) -> None:
         """Begin a request, which has `time_limit` seconds."""
         self._cancelled = False
+        self.limit(time_limit)
+
+    def limit(self, time_limit: float | None) -> None:
+        """Give the request `time_limit` seconds from now on; None, all that it takes."""
         self._time_limit = time_limit or 0.0
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._poll.ended = False
@@ -122,7 +126,7 @@ class Interrupt:
         if self._cancelled:
             raise CancelledError("the request was cancelled")
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            raise TimeLimitError(f"the request took longer than its time limit of {self._time_limit:g} s")
+            raise late(self._time_limit)
 
     def watch(self, context: Any) -> None:
         """Have computations of a `llama_context *` end early."""
@@ -142,6 +146,11 @@ class Interrupt:
         # Running Python code also lets the signal handler of `native_call` run.
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return bool(self._cancelled or late or _held)
+
+
+def late(time_limit: float) -> TimeLimitError:
+    """The error for a request that took too long."""
+    return TimeLimitError(f"the request took longer than its time limit of {time_limit:g} s")
 
 
 class Loading:

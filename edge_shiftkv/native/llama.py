@@ -22,6 +22,11 @@ from edge_shiftkv.native.gguf_check import check_model
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20}
 """The types a KV cache can be stored in: llama.cpp's names and enum ggml_type."""
 
+MAX_SEQUENCES = int(llama.llama_max_parallel_sequences())
+"""The most sequences that a context can hold."""
+
+_CELLS = 256  # a sequence has a multiple of it
+
 # enum llama_token_attr
 ATTR_UNKNOWN, _ATTR_CONTROL, ATTR_USER_DEFINED, ATTR_LSTRIP, ATTR_RSTRIP = 1 << 0, 1 << 3, 1 << 4, 1 << 7, 1 << 8
 
@@ -228,9 +233,9 @@ class Model(Handle):
 class Context(Handle):
     """A KV cache of `n_ctx` tokens and the buffers to decode up to `n_batch` tokens at once: a `llama_context *`.
 
-    It holds one sequence.
-
     n_outputs: the most tokens of one `decode` that logits are wanted for.
+    n_seq: sequences that it holds, 1 to `MAX_SEQUENCES`, each with `n_ctx` cells of its own: what is in one changes
+        nothing in another.
     interrupt: ends what it computes.
 
     Raises ShiftKVError when the memory for it cannot be had or the model does not work with these KV types.
@@ -246,10 +251,13 @@ class Context(Handle):
         type_v: str,
         n_threads: int,
         n_outputs: int = 1,
+        n_seq: int = 1,
         interrupt: Interrupt | None = None,
     ) -> None:
         params = llama.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = -(-n_ctx // _CELLS) * _CELLS * n_seq  # which llama.cpp divides
+        params.n_seq_max = n_seq
+        params.kv_unified = False  # in one cache for all, other sequences' cells would change how sums are rounded
         params.n_batch = params.n_ubatch = n_batch
         params.n_outputs_max = min(n_outputs, n_batch)  # the default has room for the logits of n_batch tokens
         params.swa_full = False  # sliding-window layers store their window only
@@ -260,8 +268,8 @@ class Context(Handle):
             super().__init__("context", llama.llama_init_from_model(model.pointer, params), llama.llama_free)
         if not self._pointer:
             raise ShiftKVError(
-                f"no context of {n_ctx} tokens with a {type_k}/{type_v} KV cache for this model: lower n_ctx or "
-                f"choose other KV types{logs.explain(errors)}"
+                f"no context of {n_ctx if n_seq == 1 else f'{n_seq} x {n_ctx}'} tokens with a {type_k}/{type_v} KV "
+                f"cache for this model: lower n_ctx or choose other KV types{logs.explain(errors)}"
             )
         self._take(model, n_outputs, interrupt)
 
@@ -280,7 +288,7 @@ class Context(Handle):
         if not llama.llama_get_memory(self.pointer):
             self.close()
             raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
-        self.n_ctx = int(llama.llama_n_ctx(self.pointer))
+        self.n_ctx = int(llama.llama_n_ctx_seq(self.pointer))
         self.n_batch = int(llama.llama_n_batch(self.pointer))
         self.interrupt = interrupt or Interrupt()
         self.interrupt.watch(self.pointer)
@@ -291,9 +299,9 @@ class Context(Handle):
         """Empty the KV cache."""
         llama.llama_memory_clear(llama.llama_get_memory(self.pointer), False)
 
-    def remove(self, position: int) -> None:
-        """Forget the tokens from `position` on. Raises ShiftKVError for a memory that cannot."""
-        if not llama.llama_memory_seq_rm(llama.llama_get_memory(self.pointer), 0, position, -1):
+    def remove(self, position: int, sequence: int = 0) -> None:
+        """Forget a sequence's tokens from `position` on. Raises ShiftKVError for a memory that cannot, but for 0."""
+        if not llama.llama_memory_seq_rm(llama.llama_get_memory(self.pointer), sequence, position, -1):
             raise ShiftKVError("this model's memory does not take tokens back")
 
     def goes_back_to(self, position: int) -> bool:
@@ -330,14 +338,41 @@ class Context(Handle):
 
         Raises ShiftKVError when llama.cpp fails, and CancelledError; the cache is then to be cleared.
         """
-        self.interrupt.check()
         n = len(tokens)
-        batch = llama.llama_batch(
-            n_tokens=n,
-            token=(llama.llama_token * n)(*tokens),
-            pos=(llama.llama_pos * n)(*range(position, position + n)),
-            logits=(ctypes.c_int8 * n)(*[0] * (n - logits), *[1] * logits),
+        self._decode(
+            llama.llama_batch(
+                n_tokens=n,
+                token=(llama.llama_token * n)(*tokens),
+                pos=(llama.llama_pos * n)(*range(position, position + n)),
+                logits=(ctypes.c_int8 * n)(*[0] * (n - logits), *[1] * logits),
+            )
         )
+
+    def decode_rows(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """Decode tokens of several sequences at once, up to `n_batch` and `n_outputs`, with logits after each.
+
+        rows: token, position and sequence; `logits(i)` are then those after the i-th of them.
+
+        Raises ShiftKVError when llama.cpp fails, and CancelledError; the cache is then to be cleared.
+        """
+        n = len(rows)
+        tokens, positions, sequences = zip(*rows, strict=True)
+        of_row = [(llama.llama_seq_id * 1)(sequence) for sequence in sequences]
+        self._decode(
+            llama.llama_batch(
+                n_tokens=n,
+                token=(llama.llama_token * n)(*tokens),
+                pos=(llama.llama_pos * n)(*positions),
+                n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
+                seq_id=(ctypes.POINTER(llama.llama_seq_id) * n)(
+                    *(ctypes.cast(one, ctypes.POINTER(llama.llama_seq_id)) for one in of_row)
+                ),
+                logits=(ctypes.c_int8 * n)(*[1] * n),
+            )
+        )
+
+    def _decode(self, batch: Any) -> None:
+        self.interrupt.check()
         with native_call() as errors:
             status = llama.llama_decode(self.pointer, batch)
         if status:
@@ -347,7 +382,8 @@ class Context(Handle):
     def logits(self, output: int = -1) -> npt.NDArray[np.float32]:
         """The logits of one of the last `decode`'s outputs, [n_vocab]; a view that the next `decode` overwrites.
 
-        output: counts tokens with logits, from the last one backwards: -1, -2, ...
+        output: counts tokens with logits, from the last one backwards: -1, -2, ...; or the rows of `decode_rows`, from
+            the first one: 0, 1, ...
         """
         return np.ctypeslib.as_array(llama.llama_get_logits_ith(self.pointer, output), (self.model.n_vocab,))
 

@@ -155,14 +155,14 @@ def select_scores(context: Context, params: Params, scores: Mapping[int, npt.Arr
     )
 
 
-def compact(context: Context, destination: Context) -> int:
-    """Copy the chosen KV pairs into another context; return the position that decoding goes on at there.
+def compact(context: Context, destination: Context, sequence: int = 0) -> int:
+    """Copy the chosen KV pairs into a sequence of another context; return the position that decoding goes on at there.
 
     Raises ShiftKVError.
     """
     _check(
         "the selected KV pairs could not be handed over",
-        *(_compact, context.pointer, destination.pointer, _SEQUENCE),
+        *(_compact, context.pointer, destination.pointer, sequence),
     )
     # A picture at the end of the prompt takes more positions in M-RoPE than its tokens say.
     return info(context).n_past
