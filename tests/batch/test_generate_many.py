@@ -56,6 +56,9 @@ def essence(completion):
     }
     counts = (figures.prompt_tokens, figures.text_tokens, figures.image_tokens, figures.kept_tokens)
     sizes = (figures.generated_tokens, figures.kv_bytes_prompt, figures.kv_bytes_kept)
+    assert (figures.tokens_per_second is None) == (figures.decode_s == 0)
+    if figures.decode_s:  # an end that is no token of the answer took a pass, too
+        assert 0 <= round(figures.decode_s * figures.tokens_per_second) - figures.generated_tokens + 1 <= 1
     return completion.text, completion.finish_reason, counts, sizes, kept, completion.logprobs
 
 
@@ -242,6 +245,7 @@ def test_what_is_wrong_with_a_request_is_its_own_error(seeing):
         assert result.completion is None
         assert result.request is wrong
         assert isinstance(result.error, kind), repr(result.error)
+        assert result.error.__traceback__ is None  # it would hold pictures
         with pytest.raises(kind, match=message):
             raise result.error
 
