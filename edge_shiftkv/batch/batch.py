@@ -15,7 +15,6 @@ from edge_shiftkv.batch.slots import Job, Slots
 from edge_shiftkv.engine.engine import KeptPrompt
 from edge_shiftkv.engine.prefilled import Prefilled
 from edge_shiftkv.errors import CancelledError, ShiftKVError, TimeLimitError
-from edge_shiftkv.native import shiftkv
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.request import Request, budget_for
 from edge_shiftkv.results import Completion, TokenLogprobs
@@ -82,8 +81,7 @@ class Many:
         self._requests = requests
         self._engine = engine = requests.engine
         self._ordered = ordered
-        self._copies = _can_copy(requests)
-        self._slots = Slots(engine, n_parallel if self._copies else 1)
+        self._slots = Slots(engine, n_parallel if engine.can_cut else 1)
         self._kept = KeptPrompt(engine)
         self._waiting: _Opened | None = None  # until slots that are too small for it are empty
         self._retries: deque[Row] = deque()
@@ -151,7 +149,6 @@ class Many:
         except ShiftKVError as error:
             if row is None or _ends_all(error):
                 raise
-            self._kept.forget()
             self._failed(row, error)
         self._take_ended()
 
@@ -180,8 +177,8 @@ class Many:
         )
 
     def _in_slot(self, opened: _Opened, beginning: Beginning, started: float) -> tuple[Begun, int]:
-        budget = opened.budget
-        n_query = opened.request.kv_method.n_query if budget is not None else int(self._copies)
+        engine, budget = self._engine, opened.budget
+        n_query = opened.request.kv_method.n_query if budget is not None else int(engine.can_cut)
         prefilled = self._kept.read(opened.prompt, n_query, self._requests.report)
         begun = begin(opened.prompt, prefilled, beginning, started)
         context, slot = self._slots.reserve(self._n_cells(opened)), self._slots.free
@@ -193,7 +190,7 @@ class Many:
 
         if budget is not None:
             begun = cut(begun, budget, beginning, hand_over)
-        elif self._copies:
+        elif engine.can_cut:
             prefilled.select_all()
             prefilled.hand_over(context, slot)
         else:
@@ -245,13 +242,3 @@ class Many:
 
 def _ends_all(error: ShiftKVError) -> bool:
     return isinstance(error, CancelledError) and not isinstance(error, TimeLimitError)
-
-
-def _can_copy(requests: Requests) -> bool:
-    """Whether KV pairs of this model can be handed over to a sequence beside others."""
-    with closing(requests.engine.context(1, 2)) as context:  # no cut with batches of one
-        try:
-            shiftkv.capture(context)
-        except ShiftKVError:
-            return False
-    return True

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import cached_property
 from pathlib import Path
 
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, Prefilled, prefill_batch
-from edge_shiftkv.errors import SettingError
+from edge_shiftkv.errors import SettingError, ShiftKVError
+from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.calls import Interrupt
 from edge_shiftkv.native.llama import KV_TYPES, Context, Model, usable_cpus
 from edge_shiftkv.native.mtmd import Projector
@@ -108,6 +110,16 @@ class Engine(Closing):
             interrupt=self.interrupt,
         )
 
+    @cached_property
+    def can_cut(self) -> bool:
+        """Whether KV pairs of this model can be selected and handed over. Raises ShiftKVError without the memory."""
+        with closing(self.context(1, 2)) as context:
+            try:
+                shiftkv.capture(context)
+            except ShiftKVError:
+                return False
+        return True
+
     def batch(self, prompt: Prompt | Continued) -> int:
         """The batch size of a context that a prompt is to be read in."""
         return prefill_batch(prompt, self.projector)
@@ -186,10 +198,6 @@ class KeptPrompt:
             self._prefilled = prefilled
         prefilled.read(prompt, report)
         return prefilled
-
-    def forget(self) -> None:
-        """Have the next prompt read from its beginning."""
-        self._prefilled = None
 
     def close(self) -> None:
         """Free the context; `read` makes a new one."""
