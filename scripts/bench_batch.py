@@ -5,8 +5,8 @@
 
 The same requests are answered by `Runtime.generate`, one by one with the full cache, and by `Runtime.generate_many`
 with so many slots, uncut and cut to the budget. A request is a page of its own and a question; answers have --tokens
-tokens, however they go. All that is compared is measured in one run, a round after the other, in an order that turns: ratios
-are medians of the rounds' ratios with their quartiles. Each measurement is a line of --out.
+tokens, however they go. All that is compared is measured in one run, a round after the other, in an order that turns:
+ratios are medians of the rounds' ratios with their quartiles. Each measurement is a line of --out.
 """
 
 from __future__ import annotations

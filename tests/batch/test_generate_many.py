@@ -30,6 +30,7 @@ from edge_shiftkv import (
     TimeLimitError,
 )
 from edge_shiftkv.batch.slots import Slots
+from edge_shiftkv.engine import Engine
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.speculative.options import DraftOptions
@@ -350,6 +351,22 @@ def test_a_request_that_needs_more_than_a_slot_has_waits_for_a_larger_one(seeing
     results = list(seeing.generate_many(rows, n_parallel=3))
     assert [essence(result.completion) for result in results] == expected
     assert contexts.made - made == 1 + 4  # of 256, 512, 768 and 1024 cells
+
+
+def test_a_request_that_there_is_no_memory_for_is_an_error(seeing, monkeypatch):
+    context = Engine.context
+
+    def limited(self, n_ctx, *arguments, n_seq=1, **options):
+        if n_seq * n_ctx > 1200:
+            raise ShiftKVError("no context of that size")
+        return context(self, n_ctx, *arguments, n_seq=n_seq, **options)
+
+    monkeypatch.setattr(Engine, "context", limited)
+    lengths = [4, 4, 900, 4, 4]
+    rows = [{"prompt": f"Read line {i}.", "max_tokens": n} for i, n in enumerate(lengths)]
+    results = list(seeing.generate_many(rows, n_parallel=3))
+    assert [str(result.error) for result in results if result.error] == ["no context of that size"]
+    assert results[2].completion is None
 
 
 def test_requests_about_the_same_picture_read_it_once(seeing, monkeypatch):
