@@ -493,7 +493,7 @@ def test_closing_the_runtime_ends_it(tiny):
         next(batch)
 
 
-def test_a_time_limit_is_that_of_one_request(seeing, monkeypatch, at_step):
+def test_a_time_limit_is_that_of_one_request(seeing, monkeypatch, at_step, passes):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
 
@@ -507,6 +507,7 @@ def test_a_time_limit_is_that_of_one_request(seeing, monkeypatch, at_step):
     with pytest.raises(TimeLimitError, match="its time limit of 10 s"):
         raise results[2].error
     assert [result.completion is not None for result in results] == [True, True, False]
+    assert [len(one) for one in passes] == [3] * 4 + [2] * 7
     assert results[0].completion.text == alone(seeing, ROWS[1]).text
 
 
