@@ -26,7 +26,7 @@ from edge_shiftkv.grammar import Grammar, check_gbnf, gbnf_of_schema
 from edge_shiftkv.native.llama import Model
 from edge_shiftkv.results import TokenLogprob, TokenLogprobs
 
-_MAX_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED, which means none
+MAX_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED, which means none
 _PENALTY_WINDOW = 64  # llama.cpp's default
 _MANY = 4096  # choices beyond which bounds are cheaper than noise
 
@@ -79,7 +79,7 @@ class Sampling:
         check_number("top_p", self.top_p, 0, 1, above=True)
         check_number("min_p", self.min_p, 0, 1)
         if self.seed is not None:
-            check_number("seed", self.seed, 0, _MAX_SEED - 1, whole=True)
+            check_number("seed", self.seed, 0, MAX_SEED - 1, whole=True)
         check_number("repeat_penalty", self.repeat_penalty, 0, above=True, note="1 is off")
         for name in ("presence_penalty", "frequency_penalty"):
             check_number(name, getattr(self, name), note="0 is off")
@@ -134,7 +134,7 @@ class Noise:
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = secrets.randbelow(_MAX_SEED) if seed is None else seed
+        self.seed = secrets.randbelow(MAX_SEED) if seed is None else seed
 
     def uniform(self, place: int, tokens: Ints) -> Floats:
         """Uniform variates in (0, 1), [n], for `tokens` [n]; other numbers than tokens give further variates."""
