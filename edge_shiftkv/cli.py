@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
     _add_run(commands)
+    _add_batch(commands)
     _add_chat(commands)
     _add_serve(commands)
     _add_demo(commands)
@@ -67,6 +68,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     text = "answer a prompt, with pictures, from a KV cache cut to a budget"
     parser = commands.add_parser("run", help=text, description=text)
     _add_model(parser)
+    _add_draft(parser)
     parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="a picture; repeatable")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
     parser.add_argument("--raw", action="store_true", help="continue the text, without the model's chat template")
@@ -81,6 +83,7 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     text = "talk with a model, about pictures, too; /help there lists what can be done"
     parser = commands.add_parser("chat", help=text, description=text)
     _add_model(parser)
+    _add_draft(parser)
     parser.add_argument(
         "--image", action="append", default=[], metavar="PICTURE", help="a picture of the first message; repeatable"
     )
@@ -94,6 +97,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     text = "answer OpenAI clients over HTTP, one request at a time"
     parser = commands.add_parser("serve", help=text, description=text)
     _add_model(parser)
+    _add_draft(parser)
     # Requests come from others: without a folder they may not name files at all.
     parser.set_defaults(run=_run, image_root=False)
     _add_sampling(parser)
@@ -147,12 +151,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--type-v", default="f16", metavar="TYPE", help="how values are stored")
     group.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (default: all)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    group.add_argument("--draft", metavar="GGUF", help="a smaller model of any vocabulary that drafts the answer")
-    group.add_argument(
-        "--draft-tokens", type=int, metavar="N", help="tokens drafted in each round (default: as many as pay)"
-    )
-    group.add_argument("--draft-rule", metavar="RULE", help="at a temperature: coupled (default) or tokentiming")
-    group.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
     group.add_argument(
         "--allow-http",
         nargs="?",
@@ -161,6 +159,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="fetch pictures from http(s) addresses: public ones (default), or those of private networks, too",
     )
     group.add_argument("--image-root", type=Path, metavar="DIR", help="take pictures' paths from this folder only")
+    parser.set_defaults(draft=None, draft_tokens=None, draft_rule=None, draft_mmproj=None)
+
+
+def _add_draft(parser: argparse.ArgumentParser) -> None:
+    """What drafts for the model, for commands that write one answer at a time."""
+    group = parser.add_argument_group("draft")
+    group.add_argument("--draft", metavar="GGUF", help="a smaller model of any vocabulary that drafts the answer")
+    group.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="tokens drafted in each round (default: as many as pay)"
+    )
+    group.add_argument("--draft-rule", metavar="RULE", help="at a temperature: coupled (default) or tokentiming")
+    group.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +196,53 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _budget(text: str) -> int | float:
     """A number of KV pairs, or a share."""
     return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _add_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "answer a file of requests, or a prompt about each of many pictures, into a file that a later run goes on with"
+    )
+    status = "exit status: 0 all rows are answered, 3 some are errors, 1 the run could not go on, 130 interrupted"
+    parser = commands.add_parser("batch", help=text, description=text, epilog=status)
+    parser.add_argument(
+        "requests", nargs="?", type=Path, metavar="IN.jsonl", help="requests in OpenAI's batch format, one a line"
+    )
+    parser.add_argument(
+        "--images", nargs="+", metavar="PICTURE", help="pictures, folders, or patterns such as 'scans/*.png'; with -p"
+    )
+    parser.add_argument("--recursive", action="store_true", help="take what is in folders below folders, too")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="what is asked about each picture")
+    parser.add_argument(
+        "-o", "--out", required=True, type=Path, metavar="OUT.jsonl", help="answers; what is there is gone on with"
+    )
+    _add_model(parser)
+    _add_sampling(parser)
+    group = parser.add_argument_group("batch")
+    group.add_argument(
+        "--parallel",
+        type=_parallel,
+        default="auto",
+        metavar="N",
+        help="answers written at a time; auto, the default, tries what pays",
+    )
+    group.add_argument("--limit", type=_at_least_one, metavar="N", help="the first N rows only")
+    group.add_argument("--row-timeout", type=float, metavar="SECONDS", help="a row that takes longer is an error")
+    group.add_argument("--retry-errors", action="store_true", help="do the rows again that are errors")
+    group.add_argument("--restart", action="store_true", help="throw away the answers that are there")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="write a table besides; with a schema, by its fields")
+    group.add_argument("--heatmaps", type=Path, metavar="DIR", help="draw what was kept of each row's pictures")
+    parser.set_defaults(run=_run)
+
+
+def _parallel(text: str) -> int | str:
+    return text if text == "auto" else _at_least_one(text)
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

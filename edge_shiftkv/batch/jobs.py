@@ -211,7 +211,7 @@ class _Run:
                 raise KeyboardInterrupt
             self._out.sync()
             self._report.idle()
-            if message:
+            if message is not None:
                 heard = time.monotonic()
                 self._take(message, worker)
             elif self._is_loaded and time.monotonic() - heard > self._patience:

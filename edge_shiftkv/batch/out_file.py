@@ -124,7 +124,9 @@ class OutFile(Closing):
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            raise ShiftKVError(f"{self.path}: another run is writing to it: wait for it, or name another file") from None
+            raise ShiftKVError(
+                f"{self.path}: another run is writing to it: wait for it, or name another file"
+            ) from None
         resources.callback(lock.release)
 
     def _go_on(self, settings: Mapping[str, Any], drawn: Mapping[str, Any], retry_errors: bool) -> None:

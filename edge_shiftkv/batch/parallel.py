@@ -38,7 +38,10 @@ def choose_parallel(
         try:
             with closing(engine.context(n_cells, n, n_outputs=n, n_seq=n)) as context:
                 rate = n / min(_step(context, n, position, clock) for position in range(_STEPS))
-                is_last = engine.model.has_kv_cache and 2 * shiftkv.cache_size(context) > psutil.virtual_memory().available / 2
+                is_last = (
+                    engine.model.has_kv_cache
+                    and 2 * shiftkv.cache_size(context) > psutil.virtual_memory().available / 2
+                )
         except ShiftKVError:  # no memory, or a model that has no such context
             break
         if rate < _GAIN * best_rate:
@@ -54,4 +57,3 @@ def _step(context: Context, n: int, position: int, clock: Callable[[], float]) -
     context.decode_rows([(0, position, sequence) for sequence in range(n)])
     context.logits(0)  # waits for it
     return clock() - started
-

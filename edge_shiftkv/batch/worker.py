@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from edge_shiftkv import chat_schema
-from edge_shiftkv.batch.batch import Batch, BatchResult
+from edge_shiftkv.batch.batch import BatchResult
 from edge_shiftkv.batch.parallel import choose_parallel
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.errors import (

@@ -20,7 +20,7 @@ from edge_shiftkv.batch.out_file import OutFile
 from edge_shiftkv.batch.table import write_table
 from edge_shiftkv.batch.worker import Answered, JobRow, Work
 from edge_shiftkv.commands.settings import request_options, runtime_settings
-from edge_shiftkv.errors import ModelError, SettingError, ShiftKVError
+from edge_shiftkv.errors import ModelError, SettingError
 from edge_shiftkv.request import Request
 from edge_shiftkv.sampling import MAX_SEED
 from edge_shiftkv.selection.methods import DEFAULT_METHOD
@@ -56,9 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.heatmaps:
         _make_folder(arguments.heatmaps)
     drawn = {"seed": secrets.randbelow(MAX_SEED)}
-    out = OutFile(
-        *(arguments.out, settings, drawn), restart=arguments.restart, retry_errors=arguments.retry_errors
-    )
+    out = OutFile(*(arguments.out, settings, drawn), restart=arguments.restart, retry_errors=arguments.retry_errors)
     with closing(out):
         del options["seed"]
         work = Work(runtime, options, arguments.parallel, out.settings["seed"], arguments.heatmaps)
@@ -187,6 +185,4 @@ class _Progress:
 
 def _n_pictures(body: Any) -> int:
     contents: Sequence[Any] = [message.get("content") for message in body["messages"]]
-    return sum(
-        part["type"] == "image_url" for content in contents if isinstance(content, list) for part in content
-    )
+    return sum(part["type"] == "image_url" for content in contents if isinstance(content, list) for part in content)

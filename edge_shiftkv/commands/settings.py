@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from edge_shiftkv import hub
 from edge_shiftkv.engine.engine import Progress
@@ -23,26 +24,31 @@ def load_runtime(
     arguments: argparse.Namespace, progress: Progress | None = None, *, keep_prompt: bool = False
 ) -> Runtime:
     """Load the models that the arguments name. Raises what `Runtime` does, and HubError."""
+    settings = runtime_settings(arguments)
+    model, mmproj = settings.pop("model"), settings.pop("mmproj")
+    return Runtime(model, mmproj, **settings, keep_prompt=keep_prompt, progress=progress)
+
+
+def runtime_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `Runtime` is made with, by name; models are downloaded where they are named so. Raises HubError."""
     model, mmproj = _model_files(arguments)
-    return Runtime(
-        model,
-        mmproj,
-        kv_budget=arguments.kv_budget,
-        kv_method=arguments.kv_method,
-        n_ctx=arguments.n_ctx,
-        type_k=arguments.type_k,
-        type_v=arguments.type_v,
-        n_gpu_layers=arguments.gpu_layers,
-        n_threads=arguments.threads,
-        keep_prompt=keep_prompt,
-        allow_http=allow_http(arguments),
-        image_root=arguments.image_root,
-        draft=arguments.draft,
-        draft_options=DraftOptions(
+    return {
+        "model": model,
+        "mmproj": mmproj,
+        "kv_budget": arguments.kv_budget,
+        "kv_method": arguments.kv_method,
+        "n_ctx": arguments.n_ctx,
+        "type_k": arguments.type_k,
+        "type_v": arguments.type_v,
+        "n_gpu_layers": arguments.gpu_layers,
+        "n_threads": arguments.threads,
+        "allow_http": allow_http(arguments),
+        "image_root": arguments.image_root,
+        "draft": arguments.draft,
+        "draft_options": DraftOptions(
             n_draft=arguments.draft_tokens, rule=arguments.draft_rule, mmproj=arguments.draft_mmproj
         ),
-        progress=progress,
-    )
+    }
 
 
 def _model_files(arguments: argparse.Namespace) -> tuple[str | Path, str | Path | None]:
