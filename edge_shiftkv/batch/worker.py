@@ -50,6 +50,9 @@ _CODES: tuple[tuple[type[ShiftKVError], str], ...] = (
     (TimeLimitError, "time_limit"),
 )
 
+_NULL_SAYS = ("max_tokens", "kv_budget")  # options in which null does not stand for the default
+_BINDING = ("grammar", "json_schema")  # of which there can be one
+
 
 @dataclass(frozen=True)
 class Work:
@@ -74,7 +77,7 @@ class JobRow:
     """A request of a batch; what is wrong with its body, if anything, is found when it is its turn."""
 
     custom_id: str
-    body: Any
+    body: Mapping[str, Any]
 
 
 class Loaded(NamedTuple):
@@ -211,19 +214,20 @@ def _answer_group(connection: Connection, runtime: Runtime, work: Work, n_parall
             if not isinstance(row, JobRow):
                 return
             names[index] = row.custom_id
-            yield _seeded(row, work.seed)
+            yield _filled_in(row, work.seed)
 
     with runtime.generate_many(rows(), n_parallel=n_parallel, ordered=False, **work.options) as batch:
         for result in batch:
             connection.send(_answered(names.pop(result.index), result, work))
 
 
-def _seeded(row: JobRow, seed: int) -> Any:
-    """The row's body, with a seed that is its own."""
-    if not isinstance(row.body, Mapping) or row.body.get("seed") is not None:
-        return row.body
+def _filled_in(row: JobRow, seed: int) -> Any:
+    """The row's body, so that it goes before the options of all rows where it says something, and with its own seed."""
+    body = {name: value for name, value in row.body.items() if value is not None or name in _NULL_SAYS}
+    if any(name in body for name in (*_BINDING, "response_format")):
+        body = {**dict.fromkeys(_BINDING), **body}
     drawn = hashlib.sha256(f"{seed} {row.custom_id}".encode(errors="surrogatepass")).digest()
-    return {**row.body, "seed": int.from_bytes(drawn[:4], "big") % MAX_SEED}
+    return {"seed": int.from_bytes(drawn[:4], "big") % MAX_SEED, **body}
 
 
 def _answered(custom_id: str, result: BatchResult, work: Work) -> Answered:
