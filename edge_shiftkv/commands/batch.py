@@ -42,8 +42,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise SettingError("--csv is the same file as --out: name another one")
     rows = _rows(arguments)
     settings = {
-        "model": _hash(arguments.model),
-        "mmproj": arguments.mmproj and _hash(arguments.mmproj),
+        "model": _hash(runtime["model"]),
+        "mmproj": runtime["mmproj"] and _hash(runtime["mmproj"]),
         **{name: value for name, value in runtime.items() if name not in (*_MACHINE, "model", "mmproj", "progress")},
         "kv_method": arguments.kv_method or DEFAULT_METHOD,
         **{name: value for name, value in options.items() if name not in ("seed", "time_limit")},
@@ -91,7 +91,7 @@ def _rows(arguments: argparse.Namespace) -> JsonRows | PictureRows:
     return JsonRows(arguments.requests)
 
 
-def _hash(path: str) -> str:
+def _hash(path: str | Path) -> str:
     try:
         return file_hash(Path(path))
     except OSError as error:

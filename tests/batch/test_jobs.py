@@ -79,9 +79,9 @@ def test_a_run_that_is_killed_again_and_again(model, requests, uninterrupted, tm
 
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "edge_shiftkv", "batch", *model, str(requests), "-o", str(out), "--seed", "5"]
-    with pytest.raises(subprocess.CalledProcessError) as ended:
-        run_with_kills(command, out, 25, random.Random(0))
-    assert ended.value.returncode == 3
+    killed, status = run_with_kills(command, out, 25, random.Random(0))
+    assert killed >= 20
+    assert status == 3
     assert answers(out) == answers(uninterrupted)
 
 
