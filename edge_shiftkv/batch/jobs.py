@@ -37,35 +37,25 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", 
 
 _URL = "/v1/chat/completions"
 _POLL_S = 0.2
-_DEATHS = 3  # in a row without a row being at work
+_DEATHS = 8  # without an answer between them
 _SILENCE_S = 30.0  # beside twice the time limit of a row
 
 
 class JsonRows:
     """The rows of a file in OpenAI's batch format: an iterable, which reads the file anew each time.
 
-    Raises PromptError, naming the line, for what is no such row, and for a custom_id that was there before: then
-    nothing of the file should be answered.
+    Raises PromptError, naming the line, for what is no such row.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __iter__(self) -> Iterator[JobRow]:
-        seen: set[bytes] = set()
         try:
             with self.path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        row = _json_row(line, f"{self.path}:{number}")
-                        key = key_of(row.custom_id)
-                        if key in seen:
-                            raise PromptError(
-                                f"{self.path}:{number}: custom_id {row.custom_id!r:.200} is there twice: give each row "
-                                "its own"
-                            )
-                        seen.add(key)
-                        yield row
+                        yield _json_row(line, f"{self.path}:{number}")
         except OSError as error:
             raise PromptError(f"{self.path}: {error.strerror or error}") from error
 
@@ -85,7 +75,21 @@ def _json_row(line: bytes, where: str) -> JobRow:
     for name, only in (("method", "POST"), ("url", _URL)):
         if row.get(name, only) != only:
             raise PromptError(f"{where}: {name} is {row[name]!r:.200}: only {only} can be answered")
-    return JobRow(custom_id, row["body"])
+    return JobRow(custom_id, row["body"], where)
+
+
+def check_rows(rows: Iterable[JobRow]) -> set[bytes]:
+    """Read all rows; return what `key_of` gives for each. Raises PromptError, also for a custom_id that is there twice.
+
+    Nothing should be answered before: a name that is there twice would be answered once.
+    """
+    keys: set[bytes] = set()
+    for row in rows:
+        key = key_of(row.custom_id)
+        if key in keys:
+            raise PromptError(f"{row.where}: custom_id {row.custom_id!r:.200} is there twice: give each row its own")
+        keys.add(key)
+    return keys
 
 
 class PictureRows:
@@ -105,7 +109,7 @@ class PictureRows:
         for path in self._paths:
             url = str(Path(path).absolute())  # which is no URL of another kind, whatever the name is
             parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self._prompt}]
-            yield JobRow(path, {"messages": [{"role": "user", "content": parts}]})
+            yield JobRow(path, {"messages": [{"role": "user", "content": parts}]}, path)
 
 
 def _pictures(source: str, recursive: bool) -> list[str]:
@@ -125,9 +129,8 @@ def _pictures(source: str, recursive: bool) -> list[str]:
 class Stop:
     """Counts Ctrl-C: the first asks a run to finish what it is at, the second to stop at once."""
 
-    def __init__(self, asked: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.n = 0
-        self._asked = asked
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -144,8 +147,6 @@ class Stop:
 
     def _count(self, _number: int, _frame: FrameType | None) -> None:
         self.n += 1
-        if self.n == 1:
-            self._asked()
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,10 @@ class _Run:
         self._report = report
         self._suspects: deque[JobRow] = deque()  # were at work when a process died
         self._at_work: dict[str, JobRow] = {}
-        self._n_group = 0
-        self._is_alone = self._is_loaded = self._is_over = False
+        self._n_group = self._n_deaths = 0
+        self._is_alone = self._is_loaded = self._is_over = self._is_told = False
 
     def run(self) -> None:
-        n_deaths = 0
         while not self._is_over:
             try:
                 with Worker(self._work) as worker:
@@ -195,10 +195,10 @@ class _Run:
             except WorkerDiedError as death:
                 if not self._is_loaded:
                     raise ShiftKVError(f"the process that loads the models ended with {death}") from death
-                n_deaths = 0 if self._at_work else n_deaths + 1
-                if n_deaths == _DEATHS:
-                    raise ShiftKVError(f"the process that answers ended with {death} again and again") from death
+                self._n_deaths += 1
                 self._bury(death)
+                if self._n_deaths == _DEATHS:
+                    raise ShiftKVError(f"the process that answers ended with {death} again and again") from death
                 self._is_over = self._stop.n > 0
 
     def _serve(self, worker: Worker) -> None:
@@ -209,6 +209,9 @@ class _Run:
             message = worker.receive(_POLL_S)
             if self._stop.n > 1:
                 raise KeyboardInterrupt
+            if self._stop.n and not self._is_told:
+                self._is_told = True
+                self._report.note("finishing the rows that are at work; Ctrl-C again stops at once")
             self._out.sync()
             self._report.idle()
             if message is not None:
@@ -236,6 +239,7 @@ class _Run:
                     self._n_group += 1
                 worker.send(answer)
             case Answered(custom_id):
+                self._n_deaths = 0
                 self._write(self._at_work.pop(custom_id), message)
             case GroupOver():
                 self._is_over = self._stop.n > 0 or (self._n_group == 0 and not self._suspects)

@@ -14,6 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class OutFile(Closing):
                 self._size = path.stat().st_size
                 self._resources = resources.pop_all()
         except OSError as error:
-            raise _failed(path, error) from error
+            raise ShiftKVError(f"{error.filename or path}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Flush and unlock the file; a second call does nothing. Raises ShiftKVError when flushing fails."""
@@ -86,9 +87,9 @@ class OutFile(Closing):
         """Whether a row has its line."""
         return key_of(custom_id) in self._done
 
-    def is_error(self, custom_id: str) -> bool:
-        """Whether that line is an error."""
-        return key_of(custom_id) in self._errors
+    def count(self, keys: AbstractSet[bytes]) -> tuple[int, int]:
+        """How many of the rows that have these keys (see `key_of`) have their lines, and in how many it is an error."""
+        return len(keys & self._done), len(keys & self._errors)
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Write a row's line. Raises ShiftKVError when it cannot be written: the file is then as it was."""
@@ -226,5 +227,4 @@ def _replace(path: Path, lines: Iterator[bytes]) -> None:
 
 
 def _failed(path: Path, error: OSError) -> ShiftKVError:
-    where = error.filename or path
-    return ShiftKVError(f"{where}: {error.strerror or error}; the rows in {path} are kept: run it again to go on")
+    return ShiftKVError(f"{path}: {error.strerror or error}; the rows in it are kept: run it again to go on")

@@ -74,10 +74,14 @@ class Work:
 
 @dataclass(frozen=True)
 class JobRow:
-    """A request of a batch; what is wrong with its body, if anything, is found when it is its turn."""
+    """A request of a batch; what is wrong with its body, if anything, is found when it is its turn.
+
+    where: what errors call the place that it came from.
+    """
 
     custom_id: str
     body: Mapping[str, Any]
+    where: str = ""
 
 
 class Loaded(NamedTuple):

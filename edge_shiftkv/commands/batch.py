@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from edge_shiftkv.batch.jobs import JsonRows, PictureRows, Report, Stop, run
+from edge_shiftkv.batch.jobs import JsonRows, PictureRows, Report, Stop, check_rows, run
 from edge_shiftkv.batch.out_file import OutFile
 from edge_shiftkv.batch.table import write_table
 from edge_shiftkv.batch.worker import Answered, JobRow, Work
@@ -51,8 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     }
     if arguments.seed is not None:
         settings["seed"] = arguments.seed
-    todo = islice(rows, arguments.limit)
-    n_rows = sum(1 for _ in todo)  # and all of them are well-formed
+    keys = check_rows(islice(rows, arguments.limit))
     if arguments.heatmaps:
         _make_folder(arguments.heatmaps)
     drawn = {"seed": secrets.randbelow(MAX_SEED)}
@@ -60,13 +59,11 @@ def main(arguments: argparse.Namespace) -> int:
     with closing(out):
         del options["seed"]
         work = Work(runtime, options, arguments.parallel, out.settings["seed"], arguments.heatmaps)
-        progress = _Progress(n_rows)
-        for row in islice(rows, arguments.limit):
-            if out.is_done(row.custom_id):
-                progress.done_before(out.is_error(row.custom_id))
+        progress = _Progress(len(keys), *out.count(keys))
+        del keys
         if out.n_dropped:
             progress.note(f"{out.path}: {out.n_dropped} lines that could not be read were taken out")
-        stop = Stop(lambda: progress.note("finishing the rows that are at work; Ctrl-C again stops at once"))
+        stop = Stop()
         with closing(progress), stop.counting():
             if progress.n_left:
                 run(islice(rows, arguments.limit), out, work, stop, progress.report)
@@ -115,26 +112,20 @@ def _schema(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
 class _Progress:
     """Rows done, on stderr: a bar on a terminal, else a line every now and then."""
 
-    def __init__(self, n_rows: int) -> None:
+    def __init__(self, n_rows: int, n_done: int, n_errors: int) -> None:
         self.n_rows = n_rows
-        self.n_done = self.n_errors = 0
+        self.n_done = self._n_before = n_done
+        self.n_errors = n_errors
         self.report = Report(self._answered, self.note, self._idle)
-        self._n_before = self._n_pictures = self._n_tokens = 0
+        self._n_pictures = self._n_tokens = 0
         self._started = self._said = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=n_rows, unit="row", dynamic_ncols=True, file=sys.stderr, smoothing=0.05)
+            self._bar = tqdm(total=n_rows, initial=n_done, unit="row", dynamic_ncols=True, smoothing=0.05)
 
     @property
     def n_left(self) -> int:
         return self.n_rows - self.n_done
-
-    def done_before(self, is_error: bool) -> None:
-        self.n_done += 1
-        self._n_before += 1
-        self.n_errors += is_error
-        if self._bar is not None:
-            self._bar.initial = self._bar.n = self._n_before
 
     def note(self, text: str) -> None:
         line = f"edge-shiftkv batch: {text}"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from openai.types.chat import ChatCompletion
@@ -20,6 +21,7 @@ from PIL import Image
 from edge_shiftkv import Runtime, SettingError, ShiftKVError
 from edge_shiftkv.batch import worker
 from edge_shiftkv.batch.out_file import OutFile
+from edge_shiftkv.batch.parallel import choose_parallel
 
 from .conftest import answers, entries
 
@@ -40,12 +42,6 @@ def uninterrupted(model, requests, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "out.jsonl"
     assert cli.main(["batch", *model, str(requests), "-o", str(out), "--seed", "5"]) == 3
     return out
-
-
-def one_by_one(demo, body, **options):
-    """What a request of its own gives."""
-    with Runtime(demo / "demo-text-q8_0.gguf", demo / "demo-mmproj-f16.gguf", n_threads=1, kv_budget=96) as runtime:
-        return runtime.create_chat_completion(**{**options, **body})
 
 
 def test_answers_are_those_of_single_requests(demo, bodies, uninterrupted):
@@ -203,7 +199,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     out = OutFile(path, {"a": 1}, {})
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
-        with pytest.raises(ShiftKVError, match=rf"{os.strerror(errno.EFBIG)}; the rows in .* are kept"):
+        with pytest.raises(ShiftKVError, match=rf"{os.strerror(errno.EFBIG)}; the rows in it are kept"):
             out.add(entry("b"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -380,6 +376,20 @@ def crashing(connection, work):
     worker.serve(connection, work)
 
 
+def always_crashing(connection, work):
+    worker._answered = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    worker.serve(connection, work)
+
+
+def test_a_run_in_which_nothing_works_ends(batch, requests, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(worker, "serve", always_crashing)
+    monkeypatch.setattr("edge_shiftkv.batch.jobs._DEATHS", 3)
+    out = tmp_path / "out.jsonl"
+    assert batch(requests, "-o", out) == 1
+    assert "the process that answers ended with SIGKILL again and again" in capfd.readouterr().err
+    assert list(answers(out).values()) == ["crash"] * 2
+
+
 def test_a_crash_costs_the_row_that_causes_it(batch, requests, uninterrupted, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CRASHED_ONCE", str(tmp_path / "crashed"))
     monkeypatch.setattr(worker, "serve", crashing)
@@ -415,9 +425,9 @@ def test_a_process_that_cannot_begin_ends_the_run(batch, requests, tmp_path, mon
 
 def test_a_process_that_hangs_is_ended(batch, requests, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "serve", hanging)
-    monkeypatch.setattr("edge_shiftkv.batch.jobs._SILENCE_S", 0.0)
+    monkeypatch.setattr("edge_shiftkv.batch.jobs._SILENCE_S", -3.0)
     out = tmp_path / "out.jsonl"
-    assert batch(requests, "-o", out, "--limit", 3, "--row-timeout", 1) == 3
+    assert batch(requests, "-o", out, "--limit", 3, "--row-timeout", 2) == 3
     assert {name: line["error"] and line["error"]["code"] for name, line in entries(out).items()} == {
         "row 0": None,
         "row 1": "crash",
@@ -458,13 +468,16 @@ def test_ctrl_c_finishes_what_is_at_work(model, requests, uninterrupted, tmp_pat
     assert all(everything[name] == answer for name, answer in answers(out).items())
 
 
-def test_a_second_ctrl_c_stops_at_once(model, requests, uninterrupted, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(demo, model, requests, tmp_path):
     out = tmp_path / "out.jsonl"
     slow = tmp_path / "slow.jsonl"
     picture = json.loads(requests.read_text().splitlines()[0])["body"]["messages"][0]["content"][0]
-    long = {"messages": [{"role": "user", "content": [picture]}], "logit_bias": {"2": -100}, "max_tokens": 1500}
-    lines = [{"custom_id": "short", "body": {**long, "max_tokens": 1}}]
-    lines += [{"custom_id": f"long {i}", "body": long} for i in range(8)]
+    with Runtime(demo / "demo-text-q8_0.gguf", n_gpu_layers=0) as runtime:
+        end = runtime.engine.model.eos
+    long = {"messages": [{"role": "user", "content": [picture]}], "logit_bias": {str(end): -1000}, "max_tokens": 1500}
+    # When the short one is answered, three long ones are at work.
+    rows = [("long", long)] * 3 + [("short", {**long, "max_tokens": 1})] + [("long", long)] * 4
+    lines = [{"custom_id": f"{name} {i}", "body": body} for i, (name, body) in enumerate(rows)]
     slow.write_text("".join(json.dumps(line) + "\n" for line in lines))
     process = start(model, slow, out)
     os.killpg(process.pid, signal.SIGINT)
@@ -473,7 +486,7 @@ def test_a_second_ctrl_c_stops_at_once(model, requests, uninterrupted, tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == ""
-    assert list(entries(out)) == ["short"]
+    assert list(entries(out)) == ["short 3"]
 
 
 def test_the_worker_ends_with_its_parent(model, requests, tmp_path):
@@ -505,3 +518,59 @@ def test_a_bar_on_a_terminal(model, requests, tmp_path):
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 3
+
+
+# How many at a time
+
+
+class Machine:
+    """An engine whose passes take the time that a table says."""
+
+    def __init__(self, seconds, has_kv_cache=True):
+        self.seconds = seconds
+        self.now = 0.0
+        self.made = []
+        self.model = SimpleNamespace(has_kv_cache=has_kv_cache)
+
+    def context(self, n_cells, n_batch, *, n_outputs, n_seq):
+        assert n_batch == n_outputs == n_seq
+        self.made.append((n_cells, n_seq))
+        if n_seq not in self.seconds:
+            raise ShiftKVError("no memory")
+
+        def decode(rows):
+            assert [sequence for _, _, sequence in rows] == list(range(n_seq))
+            self.now += self.seconds[n_seq]
+
+        return SimpleNamespace(decode_rows=decode, logits=lambda _: None, close=lambda: None, n_seq=n_seq)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "n"),
+    [
+        ({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.0}, 16),
+        ({1: 1.0, 2: 1.9, 4: 3.8}, 1),
+        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.5}, 4),
+        ({1: 1.0, 2: 1.0}, 2),
+        ({}, 1),
+    ],
+)
+def test_as_many_as_pay_and_can_be_had(monkeypatch, seconds, n):
+    monkeypatch.setattr("edge_shiftkv.native.shiftkv.cache_size", lambda _: 0)
+    machine = Machine(seconds)
+    assert choose_parallel(machine, 4096, 96, {"max_tokens": 40}, clock=lambda: machine.now) == n
+    assert set(machine.made) <= {(136, i) for i in (1, 2, 4, 8, 16)}
+
+
+def test_as_many_as_there_is_memory_for(monkeypatch):
+    monkeypatch.setattr("edge_shiftkv.native.shiftkv.cache_size", lambda context: 1000 * context.n_seq)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=9000))
+    machine = Machine(dict.fromkeys((1, 2, 4, 8, 16), 1.0))
+    assert choose_parallel(machine, 4096, None, {"max_tokens": None}, clock=lambda: machine.now) == 4
+    assert machine.made[0] == (4096, 1)
+
+
+def test_auto(batch, requests, uninterrupted, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert batch(requests, "-o", out, "--seed", 5, "--limit", 6, "--parallel", "auto") == 0
+    assert answers(out) == {name: answers(uninterrupted)[name] for name in entries(out)}
