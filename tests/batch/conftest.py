@@ -66,28 +66,3 @@ def batch(model):
     from edge_shiftkv import cli
 
     return lambda *arguments: cli.main(["batch", *model, *map(str, arguments)])
-
-
-def entries(path):
-    """The lines of an out file by custom_id; each is there once."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert path.read_bytes().endswith(b"\n")
-    names = [line["custom_id"] for line in lines]
-    assert len(set(names)) == len(names)
-    return dict(zip(names, lines, strict=True))
-
-
-def answers(path):
-    """What was answered, without ids, the time, and figures that are seconds."""
-    result = {}
-    for name, line in entries(path).items():
-        if line["error"]:
-            result[name] = line["error"]["code"]
-        else:
-            body = line["response"]["body"]
-            choice = body["choices"][0]
-            result[name] = (
-                *(choice["message"]["content"], choice["finish_reason"], body["usage"]),
-                *(body["figures"]["kept_tokens"], body["model"]),
-            )
-    return result

@@ -23,7 +23,8 @@ from edge_shiftkv.batch import worker
 from edge_shiftkv.batch.out_file import OutFile
 from edge_shiftkv.batch.parallel import choose_parallel
 
-from .conftest import answers, entries
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from batch_kills import answers, entries, run_with_kills
 
 ERRORS = {
     "no picture": "image",
@@ -71,8 +72,6 @@ def test_answers_are_in_openais_schema(uninterrupted):
 
 
 def test_a_run_that_is_killed_again_and_again(model, requests, uninterrupted, tmp_path):
-    from batch_kills import run_with_kills
-
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "edge_shiftkv", "batch", *model, str(requests), "-o", str(out), "--seed", "5"]
     killed, status = run_with_kills(command, out, 25, random.Random(0))
