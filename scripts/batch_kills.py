@@ -1,6 +1,6 @@
 """Kills a batch run with SIGKILL again and again, has it go on, and compares with a run that was left alone.
 
-``python scripts/batch_kills.py --times 100`` does so with the shipped model and documents that it draws; the tests do it
+``python scripts/batch_kills.py --times 100`` does so with the shipped model and documents that it draws; tests do it
 with fewer kills.
 """
 

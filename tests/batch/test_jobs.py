@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -573,3 +574,18 @@ def test_auto(batch, requests, uninterrupted, tmp_path):
     out = tmp_path / "out.jsonl"
     assert batch(requests, "-o", out, "--seed", 5, "--limit", 6, "--parallel", "auto") == 0
     assert answers(out) == {name: answers(uninterrupted)[name] for name in entries(out)}
+
+
+def test_the_commands_of_the_how_to_run(demo, documents, tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "howto" / "batch.md"
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "demo").symlink_to(demo, target_is_directory=True)
+    (tmp_path / "scans").symlink_to(documents, target_is_directory=True)
+    commands = f'edge-shiftkv() {{ "{sys.executable}" -m edge_shiftkv "$@" --threads 1; }}\n' + "\n".join(blocks)
+    done = subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(entries(tmp_path / "answers.jsonl")) == {f"scans/page {i}.png" for i in range(4)}
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 5
+    assert set(entries(tmp_path / "done.jsonl")) == {"a", "b"}
