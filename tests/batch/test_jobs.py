@@ -180,6 +180,34 @@ def test_other_settings_are_refused(tmp_path):
     assert path.read_bytes() == b""
 
 
+def test_the_settings_that_answers_depend_on(batch, requests, demo, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert batch(requests, "-o", out, "--limit", 1, "--seed", 5) == 0
+    before = out.read_bytes()
+    (tmp_path / "other.gguf").write_bytes((demo / "demo-text-q8_0.gguf").read_bytes() + b"x")
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    (tmp_path / "grammar.gbnf").write_text('root ::= "a"')
+    for name, *arguments in (
+        *(("model", "-m", tmp_path / "other.gguf"), ("mmproj", "--mmproj", tmp_path / "other.gguf")),
+        *(("kv_budget", "--kv-budget", 95), ("kv_method", "--kv-method", "snapkv"), ("n_ctx", "-c", 500)),
+        *(("type_k", "--type-k", "q8_0"), ("type_v", "--type-v", "q8_0"), ("max_tokens", "-n", 99)),
+        *(("temperature", "--temperature", 1), ("top_k", "--top-k", 3), ("top_p", "--top-p", 0.5)),
+        *(("min_p", "--min-p", 0.5), ("seed", "--seed", 6), ("stop", "--stop", "x")),
+        *(("repeat_penalty", "--repeat-penalty", 1.5), ("presence_penalty", "--presence-penalty", 0.5)),
+        ("frequency_penalty", "--frequency-penalty", 0.5),
+        ("json_schema", "--json-schema", tmp_path / "schema.json"),
+        ("grammar", "--grammar-file", tmp_path / "grammar.gbnf"),
+    ):
+        assert batch(requests, "-o", out, "--limit", 1, "--seed", 5, *arguments) == 1
+        assert f"other settings: {name} was" in (err := capsys.readouterr().err) or f"another {name};" in err
+        assert out.read_bytes() == before
+    machine = ["--threads", 2, "--parallel", 2, "--gpu-layers", 0, "--row-timeout", 100, "--kv-method", "mixed"]
+    assert batch(requests, "-o", out, "--limit", 1, *machine) == 0
+    assert batch(requests, "-o", out, "--limit", 1, "--kv-budget", 95, "--restart") == 0
+    assert len(entries(out)) == 1
+    assert json.loads(Path(f"{out}.run").read_text())["settings"]["kv_budget"] == 95
+
+
 def test_files_of_others_are_left_alone(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("mine\n")
@@ -405,6 +433,7 @@ def test_a_run_in_which_nothing_works_ends(batch, requests, tmp_path, monkeypatc
 def test_a_crash_costs_the_row_that_causes_it(batch, requests, uninterrupted, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CRASHED_ONCE", str(tmp_path / "crashed"))
     monkeypatch.setattr(worker, "serve", crashing)
+    monkeypatch.setattr("edge_shiftkv.batch.jobs._DEATHS", 3)  # there are three, but with answers between them
     out = tmp_path / "out.jsonl"
     assert batch(requests, "-o", out, "--seed", 5, "--limit", 14) == 3
     expected = {name: answer for name, answer in answers(uninterrupted).items() if name in entries(out)}
