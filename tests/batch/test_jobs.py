@@ -251,6 +251,19 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert list(entries(path)) == ["a", "b"]
 
 
+def test_a_run_whose_disk_is_full_ends_and_goes_on(model, requests, uninterrupted, tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "edge_shiftkv", "batch", *model, str(requests), "-o", str(out), "--seed", "5"]
+    limited = ["bash", "-c", 'ulimit -f 9 && exec "$@"', "-", *command]  # KiB
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the rows in it are kept: run it again to go on\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert 4 < len(entries(out)) < 12
+    assert subprocess.run(command, capture_output=True).returncode == 3
+    assert answers(out) == answers(uninterrupted)
+
+
 def test_what_is_written_is_flushed(tmp_path, monkeypatch):
     synced = []
     now = [0.0]
@@ -365,6 +378,13 @@ def test_pictures(batch, demo, documents, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_shiftkv.batch.jobs.Worker", None)
     assert batch("--images", "scans", "--recursive", *prompt, "-o", "o.jsonl", "--csv", "o.csv") == 3
     assert len(Path("o.csv").read_text().splitlines()) > 4
+
+
+def test_names_of_heat_maps_are_safe():
+    names = ["../../x", "a" * 5000, "", ".", "a/b", "a-b", "a\0b", "ü", "\udcff", "a\n", "C:\\a"]
+    files = [worker.heatmap_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,100}\.png", file) for file in files)
 
 
 def test_a_schema_binds_answers_and_names_columns(batch, documents, tmp_path):
