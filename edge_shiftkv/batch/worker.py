@@ -255,13 +255,18 @@ def heatmap_name(custom_id: str) -> str:
 
 
 def _save_heatmap(path: Path, selection: Selection, body: Mapping[str, Any], runtime: Mapping[str, Any]) -> None:
+    """Draw what was kept. Raises ShiftKVError when it cannot be written; a picture that is gone by now has no map."""
     where = {name: runtime[name] for name in ("allow_http", "image_root")}
-    messages = chat_schema.parse_messages(body["messages"], **where)
+    try:
+        messages = chat_schema.parse_messages(body["messages"], **where)
+    except PromptError:
+        return
     pictures = [part for message in messages for part in message.content if isinstance(part, Image.Image)]
+    sheet = heatmap(selection, pictures)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with part.open("xb") as file:
-            heatmap(selection, pictures).save(file, "PNG")
+            sheet.save(file, "PNG")
         part.replace(path)
     except OSError as error:
         raise ShiftKVError(f"{path}: {error.strerror or error}") from error
