@@ -443,11 +443,11 @@ def always_crashing(connection, work):
 
 def test_a_run_in_which_nothing_works_ends(batch, requests, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(worker, "serve", always_crashing)
-    monkeypatch.setattr("edge_shiftkv.batch.jobs._DEATHS", 3)
+    monkeypatch.setattr("edge_shiftkv.batch.jobs._DEATHS", 2)
     out = tmp_path / "out.jsonl"
     assert batch(requests, "-o", out) == 1
     assert "the process that answers ended with SIGKILL again and again" in capfd.readouterr().err
-    assert list(answers(out).values()) == ["crash"] * 2
+    assert list(answers(out).values()) == ["crash"]
 
 
 def test_a_crash_costs_the_row_that_causes_it(batch, requests, uninterrupted, tmp_path, monkeypatch, capfd):
@@ -538,8 +538,8 @@ def test_ctrl_c_finishes_what_is_at_work(model, slow, tmp_path):
     assert "finishing the rows that are at work" in err
     assert "Traceback" not in err
     found = answers(out)
-    # Beside the short one two were at work, and one may have followed it; not those that were made ready ahead.
-    assert 3 <= len(found) <= 5
+    # Beside the short one one or two were at work, and one may have followed; not those that were made ready ahead.
+    assert 2 <= len(found) <= 5
     assert f"{len(found)} of 20 rows done" in err.splitlines()[-1]
     assert {answer[2]["completion_tokens"] for answer in found.values()} == {1, 700}
 
