@@ -19,7 +19,7 @@ def test_the_examples_are_found(tmp_path, demo):
     """The extractor itself: blocks in order, nested ones, and what is to be printed."""
     page = tmp_path / "page.md"
     page.write_text(
-        "# A\n\n```python\nif True:\n    x = 1\n```\n\nText.\n\n```python\n    print(x)  # one\n    #> 1\n```\n\n"
+        "# A\n\n```python\nif True:\n    x = 1\n```\n\nText.\n\n```python\n    print(x)  # one\n    # > 1\n```\n\n"
         "```sh\nfalse\n```\n\n```python server\nraise SystemExit\n```\n"
     )
     code = howto.program(page)

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_OUTPUT = "#> "
+_OUTPUT = "# > "  # as ruff writes it
 
 
 def program(page: Path) -> str:
@@ -24,7 +24,7 @@ def program(page: Path) -> str:
 
 
 def promised(code: str) -> list[str]:
-    """The lines that a program says it prints: in comments that begin with ``#> ``."""
+    """The lines that a program says it prints: in comments that begin with ``# > ``."""
     return [line.strip().removeprefix(_OUTPUT) for line in code.splitlines() if line.strip().startswith(_OUTPUT)]
 
 
