@@ -1,0 +1,120 @@
+"""What a token gets does not depend on what is decoded with it, up to 16 tokens: not a bit of its logits.
+
+On the CPU, whatever the weights, the KV cache and the architecture are, as long as there are no more threads than heads;
+but for weights in Q2_K, which llama.cpp itself packs with AVX-512.
+"""
+
+import ctypes
+from contextlib import closing
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+import pytest
+from support.gguf_random import Spec, write_model
+
+from edge_shiftkv.native.llama import Context, Model
+
+MOST = 16
+FILE_TYPES = {  # enum llama_ftype
+    **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "IQ4_NL": 25, "IQ4_XS": 30},
+    **{"Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18},
+}
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "gemma3": {"n_layer": 6, "meta": {"attention.sliding_window": 32}},
+}
+CASES = [
+    *(("llama", file_type, "f16") for file_type in FILE_TYPES),
+    *((name, "Q4_K_M", type_kv) for name in ARCHITECTURES for type_kv in ("f16", "q8_0")),
+    ("llama", "F16", "f32"),
+]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """A function: the architecture and the file's type to a model of random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {}
+
+    def load(arch, file_type):
+        if (arch, file_type) not in models:
+            spec = Spec(arch, **{"n_layer": 2, "n_embd": 256, "d_head": 64, "n_ff": 512, **ARCHITECTURES[arch]})
+            source = write_model(spec, folder)
+            path = folder / f"{arch}-{file_type}.gguf"
+            params = llama.llama_model_quantize_default_params()
+            params.ftype, params.nthread = FILE_TYPES[file_type], 1
+            assert llama.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)) == 0
+            models[arch, file_type] = Model(path, 0)
+        return models[arch, file_type]
+
+    yield load
+    for model in models.values():
+        model.close()
+
+
+def context(model, type_kv="f16", **options):
+    settings = {"n_threads": 2, "n_outputs": MOST, **options}
+    return closing(Context(model, 1024, 512, type_k=type_kv, type_v=type_kv, **settings))
+
+
+def drawn(model, n, seed=0):
+    return [int(token) for token in np.random.default_rng(seed).integers(3, model.n_vocab, n)]
+
+
+def read(context, tokens):
+    for start in range(0, len(tokens), 512):
+        context.decode(tokens[start : start + 512], start)
+
+
+@pytest.mark.parametrize(("arch", "file_type", "type_kv"), CASES)
+@pytest.mark.parametrize("n_before", [40, 600])  # a cache of 512 and more is where attention was split
+def test_passes_over_several_tokens(load, arch, file_type, type_kv, n_before):
+    model = load(arch, file_type)
+    tokens = drawn(model, n_before + MOST)
+    before, after = tokens[:n_before], tokens[n_before:]
+    with context(model, type_kv) as one_by_one, context(model, type_kv) as together:
+        read(one_by_one, before)
+        read(together, before)
+        expected = []
+        for i, token in enumerate(after):
+            one_by_one.decode([token], n_before + i)
+            expected.append(one_by_one.logits().copy())
+        assert len({logits.tobytes() for logits in expected}) == MOST
+        for n in (2, 3, 5, 8, 11, MOST):
+            if model.window:
+                together.clear()
+                read(together, before)
+            else:
+                together.remove(n_before)
+            together.decode(after[:n], n_before, logits=n)
+            for i in range(n):
+                assert np.array_equal(together.logits(i - n), expected[i]), f"token {i} of {n}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sequences_beside_each_other(load, arch):
+    """Of different lengths, and however many there are."""
+    model = load(arch, "Q4_K_M")
+    sequences = [drawn(model, n, seed=n) for n in (40, 530, 9, 260)]
+    n_steps = 4
+    expected = []
+    for tokens in sequences:
+        with context(model) as alone:
+            for start in range(0, len(tokens), MOST):  # a prompt of many tokens is read otherwise
+                alone.decode(tokens[start : start + MOST], start)
+            expected.append([])
+            for i, token in enumerate(drawn(model, n_steps, seed=1)):
+                alone.decode([token], len(tokens) + i)
+                expected[-1].append(alone.logits().copy())
+    with context(model, n_seq=len(sequences)) as together:
+        for sequence, tokens in enumerate(sequences):
+            rows = [(token, i, sequence) for i, token in enumerate(tokens)]
+            for start in range(0, len(rows), MOST):
+                together.decode_rows(rows[start : start + MOST])
+        for i, token in enumerate(drawn(model, n_steps, seed=1)):
+            together.decode_rows([(token, len(tokens) + i, s) for s, tokens in enumerate(sequences)])
+            for s in range(len(sequences)):
+                assert np.array_equal(together.logits(s), expected[s][i]), f"step {i}, sequence {s}"
