@@ -257,10 +257,9 @@ class Runtime(Closing):
         When a pass over the weights fails, those in it are each tried again, alone.
 
         An answer is the one that `generate` gives, seed for seed, where the arithmetic of a token does not depend on
-        what is computed beside it. On an x86 CPU that is so with weights in Q8_0, Q5_0, Q5_1, Q4_0 and Q4_1; in
-        K-quants and IQ4_NL with n_parallel up to 3. More than 256 KV pairs, kept and written, need n_threads=1 for it.
-        Elsewhere, and in F32, F16 and BF16, sums are rounded otherwise: an answer may differ where two tokens are
-        almost equally likely.
+        what is computed beside it. On x86 CPUs that is so for up to 17 answers at a time, with no more threads than
+        attention heads, and weights in any type but Q2_K; on AMX it was not tried. Elsewhere sums may be rounded
+        otherwise, and an answer may differ where two tokens are almost equally likely.
 
         Raises SettingError for an option out of its range, or with a draft, which writes one answer at a time;
         BusyError.
