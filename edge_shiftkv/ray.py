@@ -186,7 +186,8 @@ def _cpus() -> int | None:
     """The CPUs that Ray gave this actor; None outside of one."""
     if not ray.is_initialized():
         return None
-    return int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0)) or 1
+    context = ray.get_runtime_context()
+    return None if context.get_actor_id() is None else int(context.get_assigned_resources().get("CPU", 0)) or 1
 
 
 def _body(value: Any) -> dict[str, Any]:

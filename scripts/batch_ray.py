@@ -7,8 +7,9 @@
 
 The output is a folder of Parquet (or --jsonl) files of some rows each, in no order. A file is there when it is
 complete. A run on a folder that has some leaves out the rows in them, and is refused where the answers would be others:
-those of another model, or with other settings. Exit status: 0 all rows are answered, 3 some are errors, 1 the run could not go
-on, 130 interrupted. See docs/howto/many-machines.md.
+those of another model, or with other settings. See docs/howto/many-machines.md.
+
+Exit status: 0 all rows are answered, 3 some are errors, 1 the run could not go on, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import logging
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -193,9 +194,9 @@ class Worker:
         return self._predict.failed(row, ShiftKVError("the process that answered it ended again and again"))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
     except ray.exceptions.RayError as error:
@@ -261,6 +262,8 @@ def _go_on(
     }
     before = out.settings()
     if before is None:
+        if next(out.rows(), None):
+            raise SettingError(f"{arguments.out} has answers, but not what they were made with: name another folder")
         seed = secrets.randbelow(2**32 - 1) if arguments.seed is None else arguments.seed
         out.keep_settings({**settings, "seed": seed})
         return int(seed)
