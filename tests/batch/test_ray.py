@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -20,10 +21,10 @@ import ray.data
 
 from edge_shiftkv import Runtime, SettingError, ShiftKVError
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import batch_ray
 from demo_documents import make_document
+from support.howto import ROOT
 
 from edge_shiftkv.ray import ANSWER_COLUMNS, Predictor
 
@@ -225,6 +226,28 @@ def test_a_parquet_file_into_jsonl(cluster, pages, runtime, command, tmp_path):
     assert {part: part.stat().st_mtime_ns for part in out.glob("part-*")} == parts
     blocks = list(batch_ray.ParquetSource(str(path), "name", {}).dataset({"n1", "n4"}, 3).iter_internal_ref_bundles())
     assert [block.num_rows() for block in blocks] == [3, 3]
+
+
+def test_the_example_of_the_how_to(cluster, pages, files, runtime, tmp_path):
+    pictures = [(pages / f"page{i % 3}.png").read_bytes() for i in range(5)] + [b""]
+    pq.write_table(pa.table({"id": range(6), "page": pictures}), tmp_path / "pages.parquet")
+    page = (ROOT / "docs" / "howto" / "many-machines.md").read_text()
+    [code] = re.findall(r"^```python cluster\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for written, here in (
+        ("/shared", str(tmp_path)),
+        ("/models/text.gguf", files["model"]),
+        ("/models/mmproj.gguf", files["mmproj"]),
+        ("size=10", "size=1"),
+        ("num_cpus=15", "num_cpus=1"),
+    ):
+        assert written in code
+        code = code.replace(written, here)
+    exec(code, {})
+    rows = sorted(pq.read_table(tmp_path / "answered").to_pylist(), key=lambda row: row["id"])
+    options = {"max_tokens": 32, "kv_budget": 128}
+    one = [runtime.generate("What is the total?", [pages / f"page{i}.png"], **options).text for i in range(3)]
+    assert [row["answer"] for row in rows] == [*one, *one[:2], None]
+    assert list(rows[0]) == ["id", *ANSWER_COLUMNS.names]
 
 
 # Without a cluster
