@@ -19,8 +19,10 @@ import base64
 import hashlib
 import json
 import logging
+import re
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -40,6 +42,7 @@ from tqdm import tqdm
 from edge_shiftkv.cli import _add_model, _add_sampling
 from edge_shiftkv.commands.settings import request_options, runtime_settings
 from edge_shiftkv.errors import ModelError, PromptError, SettingError, ShiftKVError
+from edge_shiftkv.native.gguf_check import check_mmproj, check_model
 from edge_shiftkv.ray import ANSWER_COLUMNS, Predictor
 from edge_shiftkv.request import Request
 from edge_shiftkv.session_file import file_hash
@@ -200,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except ray.exceptions.RayError as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        return _say(f"the cluster could not go on: {cause}")
+        ours = re.findall(r"edge_shiftkv\.errors\.\w+: (.+)", str(error))
+        return _say(ours[-1] if ours else f"the cluster could not go on: {error}")
     except ShiftKVError as error:
         return _say(str(error))
     except OSError as error:
@@ -221,6 +224,9 @@ def _run(arguments: argparse.Namespace) -> int:
     options["time_limit"] = arguments.row_timeout
     runtime = {**runtime_settings(arguments), "n_threads": arguments.threads}
     Request.of(**{**options, "kv_budget": arguments.kv_budget, "kv_method": arguments.kv_method})
+    check_model(Path(runtime["model"]))  # here, where it is one line
+    if runtime["mmproj"]:
+        check_mmproj(Path(runtime["mmproj"]))
     source = _source(arguments)
     out = Out(arguments.out, source.id_column, "jsonl" if arguments.jsonl else "parquet")
     with ExitStack() as resources:
@@ -229,19 +235,22 @@ def _run(arguments: argparse.Namespace) -> int:
                 resources.enter_context(lock)
             except Timeout:
                 raise ShiftKVError(f"{arguments.out}: another run is writing to it: wait for it") from None
+        ids = source.ids()
+        if len(set(ids)) < len(ids):
+            name = Counter(ids).most_common(1)[0][0]
+            raise PromptError(f"{source.id_column} {name!r:.200} is there twice: give each row its own")
         options["seed"] = _go_on(out, arguments, runtime, options, source)
         out.clear()
         if arguments.retry_errors:
             out.drop_errors()
         done = dict(out.rows())
-        ids = source.ids()
-        if len(set(ids)) < len(ids):
-            name = next(name for name in ids if ids.count(name) > 1)
-            raise PromptError(f"{source.id_column} {name!r:.200} is there twice: give each row its own")
         n_before = sum(name in done for name in ids)
         if n_before < len(ids):
             settings = {**source.columns, "runtime": runtime, "options": options, "n_parallel": arguments.parallel}
-            _answer(arguments, source, out, settings, set(done), tqdm(total=len(ids), initial=n_before, unit="row"))
+            _connect(arguments, source)
+            every = 0.1 if sys.stderr.isatty() else 30.0
+            progress = tqdm(total=len(ids), initial=n_before, unit="row", mininterval=every)
+            _answer(arguments, source, out, settings, set(done), progress)
         errors = {name for name, error in out.rows() if error}
     n_errors = sum(name in errors for name in ids)
     print(f"batch_ray: {len(ids)} rows, {n_before} of them before; {n_errors} are errors", file=sys.stderr)
@@ -284,6 +293,25 @@ def _hash(path: str | Path) -> str:
         raise ModelError(f"{path}: {error.strerror or error}") from error
 
 
+def _connect(arguments: argparse.Namespace, source: Rows) -> None:
+    """Join the cluster, or begin one. Raises SettingError where it is too small: a run would wait forever."""
+    if not ray.is_initialized():
+        ray.init(address=arguments.address, log_to_driver=False, logging_level=logging.WARNING)
+    ray.data.configure_logging()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what ends the run is told once, by `main`
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    there = ray.cluster_resources()
+    for name, each, more in (("CPU", arguments.threads, source.n_cpus), ("GPU", arguments.gpus, 0)):
+        needed = arguments.actors * each + more
+        if there.get(name, 0) < needed:
+            reads = ", with one that reads the file" if more else ""
+            raise SettingError(
+                f"--actors {arguments.actors} need {needed:g} {name}s{reads}: the cluster has {there.get(name, 0):g}"
+            )
+
+
 def _answer(
     arguments: argparse.Namespace,
     source: Rows,
@@ -293,16 +321,6 @@ def _answer(
     progress: tqdm[Any],
 ) -> None:
     """Have all rows answered that are not done."""
-    if not ray.is_initialized():
-        ray.init(address=arguments.address, log_to_driver=False, logging_level=logging.WARNING)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    n_cpus = arguments.actors * arguments.threads + source.n_cpus
-    if (there := ray.cluster_resources().get("CPU", 0)) < n_cpus:
-        raise SettingError(
-            f"--actors {arguments.actors} with --threads {arguments.threads} take {n_cpus} CPUs"
-            f"{', with one that reads the file' if source.n_cpus else ''}: the cluster has {there:.0f}"
-        )
     counts = source.dataset(done, arguments.rows_per_file).map_batches(
         Worker,
         fn_constructor_args=[out, source.leave_out, settings],
@@ -353,7 +371,11 @@ class ParquetSource:
         self._path = path
 
     def ids(self) -> list[str]:
-        table = pyarrow.dataset.dataset(self._path, format="parquet").to_table([self.id_column])
+        """The names of all rows. Raises PromptError for a file that is none, or without such a column."""
+        try:
+            table = pyarrow.dataset.dataset(self._path, format="parquet").to_table([self.id_column])
+        except pa.ArrowException as error:
+            raise PromptError(f"{self._path}: {str(error).splitlines()[0]}") from error
         return [str(value) for value in table[self.id_column].to_pylist()]
 
     def dataset(self, done: set[str], n_rows: int) -> ray.data.Dataset:

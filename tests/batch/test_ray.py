@@ -19,7 +19,7 @@ import pytest
 import ray
 import ray.data
 
-from edge_shiftkv import Runtime, SettingError, ShiftKVError
+from edge_shiftkv import Runtime, SettingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import batch_ray
@@ -340,9 +340,17 @@ def test_a_row_at_which_actors_die_is_an_error_at_last(files, tmp_path):
 def test_what_is_wrong_with_a_call_is_a_line(files, command, pages, tmp_path, capsys):
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"custom_id": "a", "body": {}}\n' * 2)
+    no = shutil.copy(twice, tmp_path / "no.parquet")
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"custom_id": "a", "body": {}}\n{"custom')
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(Path(files["model"]).read_bytes()[:200_000])
+    (tmp_path / "foreign").mkdir()
+    batch_ray.Out(str(tmp_path / "foreign"), "id", "parquet").write(pa.table({"id": ["a"], **answered_nothing()}))
+    table = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"name": ["a"]}), table)
     out = ["-o", str(tmp_path / "out")]
+    asked = ["--images", str(pages), "-p", "?"]
     for arguments, message in (
         ([*out], "pass a file of rows, or --images"),
         ([str(twice), *out], "'a' is there twice"),
@@ -350,21 +358,32 @@ def test_what_is_wrong_with_a_call_is_a_line(files, command, pages, tmp_path, ca
         ([str(tmp_path / "none.jsonl"), *out], "none.jsonl: No such file"),
         (["--images", str(tmp_path), "-p", "?", *out], "no pictures there"),
         (["--images", str(pages), *out], "pass -p"),
-        (["--images", str(pages), "-p", "?", *out, "--top-p", "7"], "top_p is 7"),
+        ([*asked, *out, "--top-p", "7"], "top_p is 7"),
+        ([*asked, *out, "-m", str(cut)], "cut.gguf: an incomplete file"),
+        ([*asked, *out, "--mmproj", str(tmp_path / "none.gguf")], "none.gguf"),
+        ([str(table), "-p", "?", *out], "table.parquet: No match for FieldRef.Name(id)"),
+        ([str(no), "-p", "?", *out], "no.parquet: "),
+        ([*asked, "-o", str(tmp_path / "foreign")], "has answers, but not what they were made with"),
     ):
-        assert batch_ray.main([*arguments, *command]) == 1
-        assert message in capsys.readouterr().err
+        assert batch_ray.main([*command, *arguments]) == 1
+        line = capsys.readouterr().err
+        assert message in line
+        assert line.count("\n") == 1
+    with batch_ray.Out(str(tmp_path / "out"), "id", "parquet").lock():
+        assert batch_ray.main([*command, *asked, *out]) == 1
+    assert "another run is writing to it" in capsys.readouterr().err
+
+
+def answered_nothing():
+    """Columns of a row without an answer and without an error."""
+    return {field.name: pa.array([None], field.type) for field in ANSWER_COLUMNS}
 
 
 def test_what_cannot_be_written_as_json(tmp_path):
+    answer = answered_nothing()
     out = batch_ray.Out(str(tmp_path), "id", "jsonl")
-    answer = {
-        name: pa.array([None], kind) for name, kind in zip(ANSWER_COLUMNS.names, ANSWER_COLUMNS.types, strict=True)
-    }
     out.write(pa.table({"id": ["a"], "raw": [b"\x00\xff"], **answer}))
     assert list(out.rows()) == [("a", None)]
     out.write(pa.table({"id": ["b"], "raw": [b""], **answer, "error": pa.array(["ImageError: no"])}))
     out.drop_errors()
     assert list(out.rows()) == [("a", None)]
-    with pytest.raises(ShiftKVError, match="another run"), out.lock():
-        raise ShiftKVError("another run")
