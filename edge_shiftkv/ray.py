@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from edge_shiftkv.batch.rows import filled_in, row_seed
 from edge_shiftkv.errors import PromptError, SettingError, ShiftKVError
 from edge_shiftkv.request import Options
 from edge_shiftkv.results import Completion, Figures
@@ -28,9 +28,6 @@ _FIGURES = pa.struct(
         if field.name != "draft"
     ]
 )
-_MAX_SEED = 0xFFFFFFFF
-_NULL_SAYS = ("max_tokens", "kv_budget")  # options in which null does not stand for the default
-_BINDING = ("grammar", "json_schema", "response_format")  # of which there can be one
 
 ANSWER_COLUMNS = pa.schema(
     [("answer", pa.string()), ("finish_reason", pa.string()), ("error", pa.string()), ("figures", _FIGURES)]
@@ -176,12 +173,6 @@ class Predictor:
         return request
 
 
-def row_seed(seed: int, name: str) -> int:
-    """The seed of a row, from that of all and the row's name."""
-    drawn = hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest()
-    return int.from_bytes(drawn[:4], "big") % _MAX_SEED
-
-
 def _cpus() -> int | None:
     """The CPUs that Ray gave this actor; None outside of one."""
     if not ray.is_initialized():
@@ -203,10 +194,7 @@ def _body(value: Any) -> dict[str, Any]:
         raise PromptError(f"the body is not a JSON object but {value!r}"[:200])
     if "messages" not in value:
         raise PromptError("the body has no messages")
-    body = {name: item for name, item in value.items() if item is not None or name in _NULL_SAYS}
-    if any(name in body for name in _BINDING):
-        body = {"grammar": None, "json_schema": None, **body}
-    return body
+    return filled_in(value)
 
 
 def _without_null(value: Any) -> Any:

@@ -39,19 +39,20 @@ import ray.data
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from edge_shiftkv.batch.jobs import JsonRows, PictureRows, check_rows
+from edge_shiftkv.batch.worker import JobRow
 from edge_shiftkv.cli import _add_model, _add_sampling
-from edge_shiftkv.commands.settings import request_options, runtime_settings
-from edge_shiftkv.errors import ModelError, PromptError, SettingError, ShiftKVError
+from edge_shiftkv.commands.batch import INTERRUPTED, SOME_ERRORS
+from edge_shiftkv.commands.settings import answers_depend_on, request_options, runtime_settings
+from edge_shiftkv.errors import PromptError, SettingError, ShiftKVError
 from edge_shiftkv.native.gguf_check import check_mmproj, check_model
 from edge_shiftkv.ray import ANSWER_COLUMNS, Predictor
-from edge_shiftkv.request import Request
-from edge_shiftkv.session_file import file_hash
+from edge_shiftkv.request import Options, Request
+from edge_shiftkv.sampling import MAX_SEED
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-SOME_ERRORS, FAILED, INTERRUPTED = 3, 1, 130
+FAILED = 1
 
 _DEATHS = 2  # of actors at some rows, before these are done one by one
-_MACHINE = ("n_threads", "n_gpu_layers", "image_root", "allow_http", "draft", "draft_options")  # not what is answered
 
 
 class Out:
@@ -96,6 +97,10 @@ class Out:
                     self._put(Path(path).name, self._encoded(good))
                 else:
                     self.files.delete_file(path)
+
+    def is_begun(self) -> bool:
+        """Whether there are files of answers, in whatever format."""
+        return any(Path(path).name.startswith("part-") for path in self._paths())
 
     def settings(self) -> dict[str, Any] | None:
         """What the answers that are there were made with."""
@@ -173,7 +178,7 @@ class Worker:
     Rows at which actors died again and again are done one by one, and one at which an actor dies then is an error.
     """
 
-    def __init__(self, out: Out, leave_out: list[str], settings: Mapping[str, Any]) -> None:
+    def __init__(self, out: Out, leave_out: Sequence[str], settings: Mapping[str, Any]) -> None:
         self._out = out
         self._leave_out = leave_out
         self._predict = Predictor(**settings)
@@ -183,7 +188,7 @@ class Worker:
             answered = self._predict(rows)
         else:
             answered = pa.concat_tables([self._alone(rows.slice(i, 1)) for i in range(rows.num_rows)])
-        self._out.write(answered.drop_columns(self._leave_out))
+        self._out.write(answered.drop_columns(list(self._leave_out)))
         self._out.forget_tries(rows)
         n_errors = rows.num_rows - answered["error"].null_count
         n_tokens = sum(figures["generated_tokens"] for figures in answered["figures"].to_pylist() if figures)
@@ -236,9 +241,6 @@ def _run(arguments: argparse.Namespace) -> int:
             except Timeout:
                 raise ShiftKVError(f"{arguments.out}: another run is writing to it: wait for it") from None
         ids = source.ids()
-        if len(set(ids)) < len(ids):
-            name = Counter(ids).most_common(1)[0][0]
-            raise PromptError(f"{source.id_column} {name!r:.200} is there twice: give each row its own")
         options["seed"] = _go_on(out, arguments, runtime, options, source)
         out.clear()
         if arguments.retry_errors:
@@ -257,23 +259,19 @@ def _run(arguments: argparse.Namespace) -> int:
     return SOME_ERRORS if n_errors else 0
 
 
-def _go_on(
-    out: Out, arguments: argparse.Namespace, runtime: Mapping[str, Any], options: Mapping[str, Any], source: Rows
-) -> int:
+def _go_on(out: Out, arguments: argparse.Namespace, runtime: Mapping[str, Any], options: Options, source: Rows) -> int:
     """Check that the answers that are there are like those that are to come; return the seed of both."""
     settings = {
-        "model": _hash(runtime["model"]),
-        "mmproj": runtime["mmproj"] and _hash(runtime["mmproj"]),
-        **{name: value for name, value in runtime.items() if name not in (*_MACHINE, "model", "mmproj")},
-        **{name: value for name, value in options.items() if name not in ("seed", "time_limit")},
+        **answers_depend_on(runtime, options),
         **source.columns,
+        "prompt": arguments.prompt,
         "format": "jsonl" if arguments.jsonl else "parquet",
     }
     before = out.settings()
     if before is None:
-        if next(out.rows(), None):
+        if out.is_begun():
             raise SettingError(f"{arguments.out} has answers, but not what they were made with: name another folder")
-        seed = secrets.randbelow(2**32 - 1) if arguments.seed is None else arguments.seed
+        seed = secrets.randbelow(MAX_SEED) if arguments.seed is None else arguments.seed
         out.keep_settings({**settings, "seed": seed})
         return int(seed)
     if arguments.seed is not None:
@@ -284,13 +282,6 @@ def _go_on(
             "folder"
         )
     return int(before["seed"])
-
-
-def _hash(path: str | Path) -> str:
-    try:
-        return file_hash(Path(path))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}") from error
 
 
 def _connect(arguments: argparse.Namespace, source: Rows) -> None:
@@ -340,18 +331,25 @@ def _answer(
 
 
 class Source:
-    """Rows that are known before the run, with their texts: a table."""
+    """Rows that are known before the run, with their bodies."""
 
     n_cpus = 0
+    id_column = "custom_id"
+    columns: Mapping[str, Any] = {"body_column": "body", "id_column": "custom_id"}
+    leave_out = ("body",)
 
-    def __init__(self, rows: pa.Table, id_column: str, columns: dict[str, Any], leave_out: list[str]) -> None:
-        self.id_column = id_column
-        self.columns = {**columns, "id_column": id_column}
-        self.leave_out = leave_out
-        self._rows = rows
+    def __init__(self, rows: Iterable[JobRow]) -> None:
+        check_rows(rows)
+        try:
+            self._rows = pa.Table.from_pylist(
+                [{"custom_id": row.custom_id, "body": json.dumps(row.body)} for row in rows], _ROW
+            )
+        except UnicodeEncodeError as error:
+            raise PromptError(f"{error.object!r:.200} is not UTF-8, as names of rows have to be") from error
 
     def ids(self) -> list[str]:
-        return [str(value) for value in self._rows[self.id_column].to_pylist()]
+        """The names of all rows."""
+        return [str(name) for name in self._rows[self.id_column].to_pylist()]
 
     def dataset(self, done: set[str], n_rows: int) -> ray.data.Dataset:
         """The rows that are not done, in blocks of `n_rows`."""
@@ -359,24 +357,31 @@ class Source:
         return ray.data.from_arrow([rows.slice(i, n_rows) for i in range(0, rows.num_rows, n_rows)])
 
 
+_ROW = pa.schema([("custom_id", pa.string()), ("body", pa.string())])
+
+
 class ParquetSource:
     """Rows that Ray reads, as pictures may be in them."""
 
     n_cpus = 1  # that reads
+    leave_out = ()
 
     def __init__(self, path: str, id_column: str, columns: dict[str, Any]) -> None:
         self.id_column = id_column
         self.columns = {**columns, "id_column": id_column}
-        self.leave_out: list[str] = []
         self._path = path
 
     def ids(self) -> list[str]:
-        """The names of all rows. Raises PromptError for a file that is none, or without such a column."""
+        """The names of all rows. Raises PromptError for no such file, and for a name that is there twice."""
         try:
             table = pyarrow.dataset.dataset(self._path, format="parquet").to_table([self.id_column])
         except pa.ArrowException as error:
             raise PromptError(f"{self._path}: {str(error).splitlines()[0]}") from error
-        return [str(value) for value in table[self.id_column].to_pylist()]
+        ids = [str(value) for value in table[self.id_column].to_pylist()]
+        if len(set(ids)) < len(ids):
+            name = Counter(ids).most_common(1)[0][0]
+            raise PromptError(f"{self._path}: {self.id_column} {name!r:.200} is there twice: give each row its own")
+        return ids
 
     def dataset(self, done: set[str], n_rows: int) -> ray.data.Dataset:
         rows = ray.data.read_parquet(self._path)
@@ -399,50 +404,22 @@ def _source(arguments: argparse.Namespace) -> Rows:
     if arguments.images:
         if arguments.prompt is None:
             raise SettingError("--images needs a prompt: pass -p")
-        paths = sorted(str(path) for path in _pictures(arguments.images))
-        if not paths:
-            raise PromptError(f"{arguments.images}: no pictures there")
-        absolute = [str(Path(path).absolute()) for path in paths]
-        columns = {"prompt": arguments.prompt, "image_column": "image"}
-        return Source(pa.table({"id": paths, "image": absolute}), "id", columns, ["image"])
+        return Source(PictureRows(arguments.images, arguments.prompt, recursive=arguments.recursive))
     if Path(arguments.rows).suffix == ".jsonl":
         if arguments.prompt is not None:
             raise SettingError("the requests of a JSONL file have their own prompts: -p is for others")
-        names, bodies = zip(*_json_rows(Path(arguments.rows)), strict=True)
-        rows = pa.table({"custom_id": names, "body": bodies})
-        return Source(rows, "custom_id", {"body_column": "body"}, ["body"])
+        return Source(JsonRows(Path(arguments.rows)))
     columns = {name: getattr(arguments, name) for name in ("prompt", "prompt_column", "image_column", "body_column")}
     return ParquetSource(arguments.rows, arguments.id_column, columns)
-
-
-def _pictures(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """custom_id and body, as JSON text, of the lines of a file in OpenAI's batch format. Raises PromptError."""
-    n_rows = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name, body = row["custom_id"], row["body"]
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise PromptError(f"{path}:{number}: not an object with custom_id and body: {error!r}") from error
-            if not isinstance(name, str) or not name:
-                raise PromptError(f"{path}:{number}: custom_id is {name!r:.200}: it has to be text")
-            n_rows += 1
-            yield name, json.dumps(body)
-    if not n_rows:
-        raise PromptError(f"{path}: no rows there")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="?", metavar="FILE", help="rows: Parquet, or .jsonl in OpenAI's batch format")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="a folder: a row for each picture in it; with -p")
+    parser.add_argument(
+        "--images", nargs="+", metavar="PICTURE", help="pictures, folders, or patterns such as 'scans/*.png'; with -p"
+    )
+    parser.add_argument("--recursive", action="store_true", help="take what is in folders below folders, too")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="what is asked in each row")
     parser.add_argument("-o", "--out", required=True, metavar="DIR", help="answers; what is there is gone on with")
     parser.add_argument("--jsonl", action="store_true", help="write JSONL in place of Parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,10 +15,13 @@ from edge_shiftkv.native.calls import Interrupt
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import ImageSource
 from edge_shiftkv.request import Options, Request
+from edge_shiftkv.sampling import MAX_SEED
 
 _AHEAD = 4  # rows whose pictures are held before they are asked about
 _POLL_S = 0.05
 _CONTENT = ("prompt", "images", "raw")
+_NULL_SAYS = ("max_tokens", "kv_budget")  # options in which null does not stand for the default
+_BINDING = ("grammar", "json_schema")  # of which there can be one
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,20 @@ def read_row(
         return Conversation(chat.messages), options
     options = {name: value for name, value in given.items() if name not in _CONTENT}
     return asked(content.get("prompt", ""), content.get("images") or (), bool(content.get("raw"))), options
+
+
+def filled_in(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a request from a file, so that it goes before the options of all where it says something."""
+    body = {name: value for name, value in body.items() if value is not None or name in _NULL_SAYS}
+    if any(name in body for name in (*_BINDING, "response_format")):
+        body = {**dict.fromkeys(_BINDING), **body}
+    return body
+
+
+def row_seed(seed: int, name: str) -> int:
+    """The seed of one of many rows, which follows from the seed of all and from what names it."""
+    drawn = hashlib.sha256(f"{seed} {name}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(drawn[:4], "big") % MAX_SEED
 
 
 class Rows:

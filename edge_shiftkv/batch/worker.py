@@ -28,6 +28,7 @@ from PIL import Image
 from edge_shiftkv import chat_schema
 from edge_shiftkv.batch.batch import BatchResult
 from edge_shiftkv.batch.parallel import choose_parallel
+from edge_shiftkv.batch.rows import filled_in, row_seed
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.errors import (
     ContextOverflowError,
@@ -39,7 +40,6 @@ from edge_shiftkv.errors import (
 )
 from edge_shiftkv.request import Options
 from edge_shiftkv.runtime import Runtime
-from edge_shiftkv.sampling import MAX_SEED
 from edge_shiftkv.selection.heatmap import heatmap
 from edge_shiftkv.selection.results import Selection
 
@@ -50,9 +50,6 @@ _CODES: tuple[tuple[type[ShiftKVError], str], ...] = (
     (SettingError, "setting"),
     (TimeLimitError, "time_limit"),
 )
-
-_NULL_SAYS = ("max_tokens", "kv_budget")  # options in which null does not stand for the default
-_BINDING = ("grammar", "json_schema")  # of which there can be one
 
 
 @dataclass(frozen=True)
@@ -220,20 +217,11 @@ def _answer_group(connection: Connection, runtime: Runtime, work: Work, n_parall
             if not isinstance(row, JobRow):
                 return
             names[index] = row.custom_id
-            yield _filled_in(row, work.seed)
+            yield {"seed": row_seed(work.seed, row.custom_id), **filled_in(row.body)}
 
     with runtime.generate_many(rows(), n_parallel=n_parallel, ordered=False, **work.options) as batch:
         for result in batch:
             connection.send(_answered(names.pop(result.index), result, work))
-
-
-def _filled_in(row: JobRow, seed: int) -> Any:
-    """The row's body, so that it goes before the options of all rows where it says something, and with its own seed."""
-    body = {name: value for name, value in row.body.items() if value is not None or name in _NULL_SAYS}
-    if any(name in body for name in (*_BINDING, "response_format")):
-        body = {**dict.fromkeys(_BINDING), **body}
-    drawn = hashlib.sha256(f"{seed} {row.custom_id}".encode(errors="surrogatepass")).digest()
-    return {"seed": int.from_bytes(drawn[:4], "big") % MAX_SEED, **body}
 
 
 def _answered(custom_id: str, result: BatchResult, work: Work) -> Answered:

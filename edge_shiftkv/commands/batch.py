@@ -19,17 +19,14 @@ from edge_shiftkv.batch.jobs import JsonRows, PictureRows, Report, Stop, check_r
 from edge_shiftkv.batch.out_file import OutFile
 from edge_shiftkv.batch.table import write_table
 from edge_shiftkv.batch.worker import Answered, JobRow, Work
-from edge_shiftkv.commands.settings import request_options, runtime_settings
-from edge_shiftkv.errors import ModelError, SettingError
+from edge_shiftkv.commands.settings import answers_depend_on, request_options, runtime_settings
+from edge_shiftkv.errors import SettingError
 from edge_shiftkv.request import Request
 from edge_shiftkv.sampling import MAX_SEED
-from edge_shiftkv.selection.methods import DEFAULT_METHOD
-from edge_shiftkv.session_file import file_hash
 
 INTERRUPTED, SOME_ERRORS = 130, 3
 
 _EVERY_S = 30.0  # between lines where there is no terminal
-_MACHINE = ("n_threads", "n_gpu_layers", "image_root", "allow_http", "draft", "draft_options")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -41,14 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.csv and arguments.csv.resolve() == arguments.out.resolve():
         raise SettingError("--csv is the same file as --out: name another one")
     rows = _rows(arguments)
-    settings = {
-        "model": _hash(runtime["model"]),
-        "mmproj": runtime["mmproj"] and _hash(runtime["mmproj"]),
-        **{name: value for name, value in runtime.items() if name not in (*_MACHINE, "model", "mmproj", "progress")},
-        "kv_method": arguments.kv_method or DEFAULT_METHOD,
-        **{name: value for name, value in options.items() if name not in ("seed", "time_limit")},
-        "prompt": arguments.prompt,
-    }
+    settings = {**answers_depend_on(runtime, options), "prompt": arguments.prompt}
     if arguments.seed is not None:
         settings["seed"] = arguments.seed
     keys = check_rows(islice(rows, arguments.limit))
@@ -86,13 +76,6 @@ def _rows(arguments: argparse.Namespace) -> JsonRows | PictureRows:
     if arguments.prompt is not None or arguments.recursive:
         raise SettingError("-p and --recursive go with --images: a file's requests have their own prompts")
     return JsonRows(arguments.requests)
-
-
-def _hash(path: str | Path) -> str:
-    try:
-        return file_hash(Path(path))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}") from error
 
 
 def _make_folder(path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edge_shiftkv import hub
 from edge_shiftkv.engine.engine import Progress
-from edge_shiftkv.errors import SettingError
+from edge_shiftkv.errors import ModelError, SettingError
 from edge_shiftkv.prompts.images import AllowHttp
 from edge_shiftkv.request import Options
 from edge_shiftkv.runtime import Runtime
+from edge_shiftkv.selection.methods import DEFAULT_METHOD
+from edge_shiftkv.session_file import file_hash
 from edge_shiftkv.speculative.options import DraftOptions
+
+_MACHINE = ("n_threads", "n_gpu_layers", "image_root", "allow_http", "draft", "draft_options")
 
 
 def allow_http(arguments: argparse.Namespace) -> AllowHttp:
@@ -78,6 +83,29 @@ def request_options(arguments: argparse.Namespace) -> Options:
         json_schema=_text(arguments.json_schema),
         stop=arguments.stop,
     )
+
+
+def answers_depend_on(runtime: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """What a run that goes on with another's answers has in common with it, by name, for JSON: all but the seed.
+
+    runtime, options: as `runtime_settings` and `request_options` give them.
+
+    Raises ModelError for a model that cannot be read.
+    """
+    return {
+        "model": _hash(runtime["model"]),
+        "mmproj": runtime["mmproj"] and _hash(runtime["mmproj"]),
+        **{name: value for name, value in runtime.items() if name not in (*_MACHINE, "model", "mmproj")},
+        "kv_method": runtime["kv_method"] or DEFAULT_METHOD,
+        **{name: value for name, value in options.items() if name not in ("seed", "time_limit")},
+    }
+
+
+def _hash(path: str | Path) -> str:
+    try:
+        return file_hash(Path(path))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from error
 
 
 def _text(path: Path | None) -> str | None:
