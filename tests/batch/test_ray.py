@@ -191,6 +191,8 @@ def test_a_run_that_is_killed_and_gone_on_with(cluster, pages, runtime, command,
     before = answers(out, "custom_id")
     assert len(before) < 36
     assert before.pop(str(torn)) == "ImageError"
+    parts = {part: part.stat().st_mtime_ns for part in out.glob("part-*") if b"ImageError" not in part.read_bytes()}
+    assert parts
 
     assert batch_ray.main([*arguments, "-n", "13"]) == 1
     assert "other settings (max_tokens)" in capsys.readouterr().err
@@ -199,6 +201,7 @@ def test_a_run_that_is_killed_and_gone_on_with(cluster, pages, runtime, command,
     assert "36 rows" in capsys.readouterr().err
     found = answers(out, "custom_id")
     assert found.items() >= before.items()
+    assert {part: part.stat().st_mtime_ns for part in parts} == parts
     assert set(found) == {str(path) for path in folder.iterdir() if path != notes}
     seed = json.loads((out / "_settings.json").read_text())["seed"]
     for name, answer in found.items():
@@ -256,7 +259,7 @@ def test_the_example_of_the_how_to(cluster, pages, files, runtime, tmp_path):
 def test_bodies(files, runtime, pages):
     """JSON text as clients send it; and structs, which have the fields of all rows."""
     picture = {"type": "image_url", "image_url": {"url": str(pages / "page1.png")}}
-    parts = [picture, {"type": "text", "text": "Read line 2."}]
+    parts = [picture, {"type": "text", "text": "Read everything."}]
     ask = [{"role": "user", "content": parts}]
     digits = "root ::= [0-9]{3}"
     good = [
@@ -269,23 +272,26 @@ def test_bodies(files, runtime, pages):
     predictor = Predictor({**files, "n_threads": 1}, body_column="body", options=options)
     texts = [json.dumps(body) for body in good]
     wrong = ["[", "[1]", "{}", '{"messages": 3}', '{"messages": [], "n": 2}', None]
-    found = predictor(pa.table({"body": [*texts, *wrong]})).to_pylist()
+    found = predictor(pa.table({"body": [*wrong, *texts]})).to_pylist()
     assert [row["error"] and row["error"].partition(":")[0] for row in found] == [
-        *([None] * 4),
         *("PromptError", "PromptError", "PromptError", "PromptError", "SettingError", "PromptError"),
+        *([None] * 4),
     ]
-    for row, body in zip(found, good, strict=False):
+    found = found[len(wrong) :]
+    for row, body in zip(found, good, strict=True):
         own = {**options, **{name: value for name, value in body.items() if name != "temperature"}}
         if "grammar" in own:
             del own["json_schema"]
         one = runtime.create_chat_completion(**own)
         assert row["answer"] == one["choices"][0]["message"]["content"]
         assert row["figures"]["kept_tokens"] == one["figures"]["kept_tokens"]
-    assert {row["figures"]["kept_tokens"] for row in found[:4]} > {96}
+    assert {row["figures"]["kept_tokens"] for row in found} > {96}
 
-    structs = predictor(pa.table({"body": pa.array(good[:3])}))
-    assert structs.schema.field("body").type.num_fields == 4
-    assert [row["answer"] for row in structs.to_pylist()] == [row["answer"] for row in found[:3]]
+    predictor = Predictor({**files, "n_threads": 1}, body_column="body", options={"max_tokens": 4})
+    bodies = [{"messages": [{"role": "user", "content": parts}]}, {"messages": ask, "max_tokens": 6, "top_p": 0.5}]
+    structs = pa.table({"body": pa.array(bodies)})
+    assert structs["body"][0].as_py()["max_tokens"] is None
+    assert [row["figures"]["generated_tokens"] for row in predictor(structs).to_pylist()] == [4, 6]
 
 
 def test_what_is_wrong_with_all_rows_is_raised(files):
@@ -384,6 +390,9 @@ def test_what_cannot_be_written_as_json(tmp_path):
     out = batch_ray.Out(str(tmp_path), "id", "jsonl")
     out.write(pa.table({"id": ["a"], "raw": [b"\x00\xff"], **answer}))
     assert list(out.rows()) == [("a", None)]
-    out.write(pa.table({"id": ["b"], "raw": [b""], **answer, "error": pa.array(["ImageError: no"])}))
+    rows = pa.table({"id": ["b"], "raw": [b""], **answer})
+    error = pa.table({"id": ["c"], "raw": [b""], **answer, "error": ["ImageError: no"]})
+    out.write(error)
+    out.write(pa.concat_tables([rows, error]))
     out.drop_errors()
-    assert list(out.rows()) == [("a", None)]
+    assert sorted(out.rows()) == [("a", None), ("b", None)]
