@@ -18,6 +18,9 @@ constexpr int STEP        = 32;
 constexpr int WORDS       = STEP / 4;
 constexpr int VECTOR_SIZE = 4 * TILE_ROWS;
 
+// How many bytes ahead to ask for, where a tile is not read from front to back and the CPU's own prefetching loses its way.
+constexpr size_t FAR = 16384;
+
 // A block of a column that is multiplied. What `sums` holds is for the format to say.
 template <int QK, int SUMS> struct column_block {
     int8_t  qs[QK];
@@ -100,6 +103,7 @@ struct q4_K_layout {
     using column_input = block_q8_K;
 
     static constexpr ggml_type TYPE  = GGML_TYPE_Q4_K;
+    static constexpr size_t PREFETCH = 0;
     static constexpr size_t    D     = 0;
     static constexpr size_t    DMIN  = 32;
     static constexpr size_t    SCALE = 64;
@@ -176,6 +180,7 @@ struct q5_K_layout {
     using column_input = block_q8_K;
 
     static constexpr ggml_type TYPE  = GGML_TYPE_Q5_K;
+    static constexpr size_t PREFETCH = FAR;
     static constexpr size_t    D     = 0;
     static constexpr size_t    DMIN  = 32;
     static constexpr size_t    SCALE = 64;
@@ -251,6 +256,7 @@ struct q6_K_layout {
     using column_input = block_q8_K;
 
     static constexpr ggml_type TYPE  = GGML_TYPE_Q6_K;
+    static constexpr size_t PREFETCH = FAR;
     static constexpr size_t    QL    = 0;
     static constexpr size_t    QH    = spread_size(QK_K / 2);
     static constexpr size_t    SCALE = QH + spread_size(QK_K / 4);
@@ -323,6 +329,7 @@ struct q8_0_layout {
     using column_input = block_q8_0;
 
     static constexpr ggml_type TYPE  = GGML_TYPE_Q8_0;
+    static constexpr size_t PREFETCH = FAR;
     static constexpr size_t    BLOCK = spread_size(QK8_0);
 
     static void pack(const source & from, int64_t n_blocks, int64_t b, int row, uint8_t * tile) {
@@ -377,6 +384,7 @@ struct q4_0_layout {
     using column_input = block_q8_0;
 
     static constexpr ggml_type TYPE  = GGML_TYPE_Q4_0;
+    static constexpr size_t PREFETCH = FAR;
     static constexpr size_t    BLOCK = spread_size(QK4_0 / 2);
 
     static void pack(const source & from, int64_t n_blocks, int64_t b, int row, uint8_t * tile) {
@@ -430,6 +438,7 @@ struct iq4_xs_layout {
     using column_input = block_q8_K;
 
     static constexpr ggml_type TYPE   = GGML_TYPE_IQ4_XS;
+    static constexpr size_t PREFETCH = 0;
     static constexpr size_t    D      = 0;
     static constexpr size_t    SCALEH = 32;
     static constexpr size_t    SCALEL = 64;

@@ -9,13 +9,25 @@ namespace ggml::cpu::columns {
 
 #ifdef COLUMNS_NATIVE
 
+
+// Asks for what is read PREFETCH bytes after a step.
+template <class V, class Layout> static COLUMNS_INLINE void prefetch_step(const uint8_t * tile, int64_t b, int step, int n_steps) {
+    constexpr size_t BLOCK = spread_size(sizeof(typename Layout::source));
+    if (Layout::PREFETCH) {
+        for (size_t i = 0; i < BLOCK / n_steps; i += VECTOR_SIZE) {
+            V::prefetch(tile + b * BLOCK + step * (BLOCK / n_steps) + i + Layout::PREFETCH);
+        }
+    }
+}
+
 template <class V, template <class> class Format, int N, int S>
 static COLUMNS_INLINE void multiply_step(const Format<V> & format, int group, const typename Format<V>::column * y,
-                                         typename V::F * sums) {
+                                         typename V::F * sums, const uint8_t * tile, int64_t b) {
     using F               = Format<V>;
     constexpr int STEPS   = F::STEPS;
     constexpr int PARTS   = F::PARTS;
     const int     step    = group * STEPS + S;
+    prefetch_step<V, F>(tile, b, step, F::GROUPS * STEPS);
     typename V::I w[WORDS];
     format.template weights<S>(group, w);
     for (int c = 0; c < N; c++) {
@@ -28,8 +40,8 @@ static COLUMNS_INLINE void multiply_step(const Format<V> & format, int group, co
 
 template <class V, template <class> class Format, int N, int... S>
 static COLUMNS_INLINE void multiply_group(const Format<V> & format, int group, const typename Format<V>::column * y,
-                                          typename V::F * sums, std::integer_sequence<int, S...>) {
-    (multiply_step<V, Format, N, S>(format, group, y, sums), ...);
+                                          typename V::F * sums, const uint8_t * tile, int64_t b, std::integer_sequence<int, S...>) {
+    (multiply_step<V, Format, N, S>(format, group, y, sums, tile, b), ...);
 }
 
 template <class V, template <class> class Format, int N>
@@ -51,7 +63,7 @@ static void multiply(int64_t n_blocks, const void * tile, const void * columns, 
                 sums[c] = V::real(0.0f);
             }
             for (int group = 0; group < F::GROUPS; group++) {
-                multiply_group<V, Format, N>(format, group, y, sums, std::make_integer_sequence<int, F::STEPS>());
+                multiply_group<V, Format, N>(format, group, y, sums, (const uint8_t *) tile, b, std::make_integer_sequence<int, F::STEPS>());
             }
             for (int c = 0; c < N; c++) {
                 result[part][c] = V::multiply_add(V::real(y[c].d), format.finish(sums[c], y[c]), result[part][c]);

@@ -72,10 +72,6 @@ struct portable {
         return each<I>([&](int i) { return a.lane[i] & b.lane[i]; });
     }
 
-    static I bits_xor(I a, I b) {
-        return each<I>([&](int i) { return a.lane[i] ^ b.lane[i]; });
-    }
-
     // a where the mask's bits are set, b elsewhere
     static I select(I mask, I a, I b) {
         return each<I>([&](int i) { return (a.lane[i] & mask.lane[i]) | (b.lane[i] & ~mask.lane[i]); });
@@ -124,6 +120,8 @@ struct portable {
     static F multiply_subtract(F a, F b, F c) {
         return each<F>([&](int i) { return std::fma(-a.lane[i], b.lane[i], c.lane[i]); });
     }
+
+    static void prefetch(const uint8_t *) {}
 
     static void store(float * p, F a) { memcpy(p, a.lane, sizeof(a.lane)); }
 
@@ -182,8 +180,6 @@ struct avx512 {
 
     static COLUMNS_INLINE I bits_and(I a, I b) { return _mm512_and_si512(a, b); }
 
-    static COLUMNS_INLINE I bits_xor(I a, I b) { return _mm512_xor_si512(a, b); }
-
     static COLUMNS_INLINE I select(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
 
     template <int N> static COLUMNS_INLINE I left(I a) { return _mm512_slli_epi32(a, N); }
@@ -205,6 +201,8 @@ struct avx512 {
     static COLUMNS_INLINE F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 
     static COLUMNS_INLINE F multiply_subtract(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+
+    static COLUMNS_INLINE void prefetch(const uint8_t * p) { _mm_prefetch((const char *) p, _MM_HINT_T1); }
 
     static COLUMNS_INLINE void store(float * p, F a) { _mm512_storeu_ps(p, a); }
 
@@ -265,8 +263,6 @@ struct avx2 {
 
     static COLUMNS_INLINE I bits_and(I a, I b) { return _mm256_and_si256(a, b); }
 
-    static COLUMNS_INLINE I bits_xor(I a, I b) { return _mm256_xor_si256(a, b); }
-
     static COLUMNS_INLINE I select(I mask, I a, I b) {
         return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
     }
@@ -290,6 +286,8 @@ struct avx2 {
     static COLUMNS_INLINE F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
     static COLUMNS_INLINE F multiply_subtract(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+
+    static COLUMNS_INLINE void prefetch(const uint8_t * p) { _mm_prefetch((const char *) p, _MM_HINT_T1); }
 
     static COLUMNS_INLINE void store(float * p, F a) { _mm256_storeu_ps(p, a); }
 
