@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -161,3 +163,23 @@ def test_weights_take_the_bytes_they_took(kind: Kind, columns_type: int) -> None
 def test_what_is_taken(kind: Kind, shape: tuple[int, ...], taken: bool, columns_type: int) -> None:
     """What is not goes where it went before."""
     assert ggml_graph.supports(kind, shape, columns_type) == taken
+
+
+def test_a_pass_over_several_tokens_gives_the_bits_of_single_ones(columns_type: int, demo: Path) -> None:
+    """Of a whole model, also of more tokens than a draft has."""
+    if ggml_graph.cpu_buffer_type("AMX"):
+        pytest.skip("on CPUs with AMX its kernels come first")
+    n_read = 20
+    model = llama_cpp.Llama(
+        str(demo / "demo-text-q8_0.gguf"), n_ctx=256, n_threads=2, flash_attn=True, logits_all=True, verbose=False
+    )
+    tokens = [int(token) for token in np.random.default_rng(6).integers(3, model.n_vocab(), n_read + 33)]
+    model.eval(tokens[:n_read])
+    for token in tokens[n_read:]:
+        model.eval([token])
+    alone = model.scores[n_read : len(tokens)].copy()
+    assert len(np.unique(alone.argmax(axis=1))) > 1
+    for n in (2, 3, 4, 5, 8, 13, 16, 33):
+        model.n_tokens = n_read
+        model.eval(tokens[n_read : n_read + n])
+        assert model.scores[n_read : n_read + n].tobytes() == alone[:n].tobytes(), n
