@@ -76,10 +76,14 @@ def test_answers_are_in_openais_schema(uninterrupted):
 def test_a_run_that_is_killed_again_and_again(model, requests, uninterrupted, tmp_path):
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "edge_shiftkv", "batch", *model, str(requests), "-o", str(out), "--seed", "5"]
-    killed, status = run_with_kills(command, out, 25, random.Random(0))
-    assert killed >= 20
-    assert status == 3
-    assert answers(out) == answers(uninterrupted)
+    statuses = []
+
+    def ended(status):
+        statuses.append(status)
+        assert answers(out) == answers(uninterrupted)
+
+    run_with_kills(command, out, 25, random.Random(0), ended)
+    assert set(statuses) == {3}
 
 
 def test_the_seed_drawn_at_first_stays(batch, requests, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -17,6 +18,15 @@ from support.prompts import text
 linux_cpu = pytest.mark.skipif(GPU_LAYERS > 0 or sys.platform != "linux", reason="reads /proc, of the CPU's memory")
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def returned() -> None:
+    """What is freed goes back to the system at once, whatever tests before this one left in the heap."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD: else it grows with what is freed
+        libc.malloc_trim(0)
 
 
 def resident() -> float:

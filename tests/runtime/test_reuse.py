@@ -96,18 +96,20 @@ def test_a_conversation_that_grows(tiny, kind, options, keeping, small_batches, 
     files = (tiny.text, tiny.mmproj) if kind == "llava" else (tiny.qwen_text, tiny.qwen_mmproj)
     asked = conversations(tiny)
     answers = []
-    for again in (False, True):
+
+    def ask(runtime, messages):
+        passes.clear()
+        answer = runtime.create_chat_completion(messages, max_tokens=N, **options)
+        text = answer["choices"][0]["message"]["content"]
+        answers.append((first_logits[-1], text, tuple(passes), n_read[-1], answer["usage"]["prompt_tokens"]))
+
+    for messages in asked:
         with Runtime(*files, n_threads=1, **keeping) as runtime:
-            runtime.generate("A long text. " * 40, max_tokens=200, **options)  # contexts stay as large as that
-            for messages in asked:
-                if not again:  # nothing is there to be taken over
-                    runtime.create_chat_completion([{"role": "user", "content": "?"}], kv_budget=None, max_tokens=1)
-                    runtime._uncut = runtime._prefilled = None
-                passes.clear()
-                answer = runtime.create_chat_completion(messages, max_tokens=N, **options)
-                n = answer["usage"]["prompt_tokens"]
-                text = answer["choices"][0]["message"]["content"]
-                answers.append((first_logits[-1], text, tuple(passes), n_read[-1], n))
+            ask(runtime, messages)
+    with Runtime(*files, n_threads=1, **keeping) as runtime:
+        runtime.generate("A long text. " * 40, max_tokens=200, **options)  # contexts stay as large as that
+        for messages in asked:
+            ask(runtime, messages)
     fresh, reused = answers[: len(asked)], answers[len(asked) :]
     assert [answer[:2] for answer in reused] == [answer[:2] for answer in fresh]
     assert all(read == n for *_, read, n in fresh)
