@@ -126,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             are_right.append(status == 0 and answers(killed) == expected)
 
         run_with_kills([*command, str(killed)], killed, options.times, random.Random(options.seed), ended)
-    print(f"{options.times} runs killed; {len(are_right)} batches of {n_rows} rows came to their end, {sum(are_right)} of "
-          "them with every row once, as without kills")  # fmt: skip
+    print(f"{options.times} runs killed; of {len(are_right)} batches of {n_rows} rows {sum(are_right)} came to their end "
+          "with every row once, as without kills")  # fmt: skip
     return int(not all(are_right))
 
 
