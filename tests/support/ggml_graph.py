@@ -126,7 +126,7 @@ class Weights:
 def supports(
     kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], buffer_type: int, *, look_up: bool = False
 ) -> bool:
-    """Whether the CPU multiplies by, or gets rows of, weights of this shape (values, rows, experts) in such a buffer."""
+    """Whether the CPU multiplies by, or looks up, weights of this shape (values, rows, experts) in such a buffer."""
     with _context() as weights, _context() as context:
         tensor = _new(weights, kind, *shape)
         buffer = _alloc(weights, buffer_type)
