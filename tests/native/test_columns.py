@@ -3,6 +3,7 @@ and the CPU's instructions change no bit of it."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from support import ggml_graph
 from support.ggml_graph import Weights
+from support.gguf_random import Spec, write_model
 
 SCALES = {Kind.Q4_0: (0,), Kind.Q8_0: (0,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,), Kind.IQ4_XS: (0,)}
 """Where a block's float16 factors are, by type."""
@@ -163,16 +165,20 @@ def test_weights_take_the_bytes_they_took(kind: Kind, columns_type: int) -> None
 def test_what_is_taken(kind: Kind, shape: tuple[int, ...], taken: bool, columns_type: int) -> None:
     """What is not goes where it went before."""
     assert ggml_graph.supports(kind, shape, columns_type) == taken
+    assert not ggml_graph.supports(kind, shape, columns_type, look_up=True)
 
 
-def test_a_pass_over_several_tokens_gives_the_bits_of_single_ones(columns_type: int, demo: Path) -> None:
+def test_a_pass_over_several_tokens_gives_the_bits_of_single_ones(columns_type: int, tmp_path: Path) -> None:
     """Of a whole model, also of more tokens than a draft has."""
     if ggml_graph.cpu_buffer_type("AMX"):
         pytest.skip("on CPUs with AMX its kernels come first")
+    plain = write_model(Spec(n_embd=512, n_ff=1024), tmp_path)
+    path = tmp_path / "q4_k.gguf"
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, 1
+    assert not llama_cpp.llama_model_quantize(str(plain).encode(), str(path).encode(), ctypes.byref(settings))
     n_read = 20
-    model = llama_cpp.Llama(
-        str(demo / "demo-text-q8_0.gguf"), n_ctx=256, n_threads=2, flash_attn=True, logits_all=True, verbose=False
-    )
+    model = llama_cpp.Llama(str(path), n_ctx=256, n_threads=2, flash_attn=True, logits_all=True, verbose=False)
     tokens = [int(token) for token in np.random.default_rng(6).integers(3, model.n_vocab(), n_read + 33)]
     model.eval(tokens[:n_read])
     for token in tokens[n_read:]:

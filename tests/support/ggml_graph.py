@@ -32,6 +32,7 @@ _free = _function("ggml_free", None, _P)
 _tensor = _function("ggml_new_tensor", _P, _P, c_int, c_int, POINTER(c_int64))
 _mul_mat = _function("ggml_mul_mat", _P, _P, _P, _P)
 _mul_mat_id = _function("ggml_mul_mat_id", _P, _P, _P, _P, _P)
+_get_rows = _function("ggml_get_rows", _P, _P, _P, _P)
 _new_graph = _function("ggml_new_graph", _P, _P)
 _expand = _function("ggml_build_forward_expand", None, _P, _P)
 _alloc = _function("ggml_backend_alloc_ctx_tensors_from_buft", _P, _P, _P)
@@ -122,12 +123,17 @@ class Weights:
         return result
 
 
-def supports(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], buffer_type: int) -> bool:
-    """Whether the CPU multiplies weights of this shape (values, rows, experts) in a buffer of this type."""
+def supports(
+    kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], buffer_type: int, *, look_up: bool = False
+) -> bool:
+    """Whether the CPU multiplies by, or looks up, weights of this shape (values, rows, experts) in such a buffer."""
     with _context() as weights, _context() as context:
         tensor = _new(weights, kind, *shape)
         buffer = _alloc(weights, buffer_type)
-        if len(shape) == 3:
+        if look_up:
+            rows = (4,) if len(shape) == 2 else (4, shape[2])
+            product = _get_rows(context, tensor, _new(context, gguf.GGMLQuantizationType.I32, *rows))
+        elif len(shape) == 3:
             source = _new(context, gguf.GGMLQuantizationType.F32, shape[0], 1, 4)
             product = _mul_mat_id(context, tensor, source, _new(context, gguf.GGMLQuantizationType.I32, 1, 4))
         else:
