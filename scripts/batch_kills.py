@@ -126,8 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             are_right.append(status == 0 and answers(killed) == expected)
 
         run_with_kills([*command, str(killed)], killed, options.times, random.Random(options.seed), ended)
-    print(f"{options.times} runs killed; of {len(are_right)} batches of {n_rows} rows {sum(are_right)} came to their end "
-          "with every row once, as without kills")  # fmt: skip
+    n = len(are_right)
+    print(
+        f"{options.times} runs killed; {sum(are_right)} of {n} batches of {n_rows} rows have every row once, as alone"
+    )
     return int(not all(are_right))
 
 
