@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,3 +73,19 @@ def demo() -> Path:
     if not (folder / "document.png").is_file():
         pytest.skip("the demo model is not there")
     return folder
+
+
+@pytest.fixture
+def n_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the tokens that each prompt had to be read for."""
+    from edge_shiftkv.engine.prefilled import Prefilled
+
+    seen: list[int] = []
+    read = Prefilled.read
+
+    def spy(self: Prefilled, *arguments: Any, **options: Any) -> None:
+        read(self, *arguments, **options)
+        seen.append(self.n_read)
+
+    monkeypatch.setattr(Prefilled, "read", spy)
+    return seen

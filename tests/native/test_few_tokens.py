@@ -10,9 +10,12 @@ from contextlib import closing
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
+from support import ggml_graph
 from support.gguf_random import Spec, write_model
 
 from edge_shiftkv.native.llama import Context, Model
+
+pytestmark = pytest.mark.skipif(bool(ggml_graph.cpu_buffer_type("AMX")), reason="AMX's kernels are llama.cpp's own")
 
 MOST = 17  # a draft of 16, and the token before it
 FILE_TYPES = {  # enum llama_ftype

@@ -3,7 +3,6 @@
 import pytest
 
 from edge_shiftkv import Runtime, SettingError
-from edge_shiftkv.engine.prefilled import Prefilled
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.sampling import Sampler
@@ -30,19 +29,6 @@ def first_logits(monkeypatch):
         return sample(self, outputs, output)
 
     monkeypatch.setattr(Sampler, "sample", spy)
-    return seen
-
-
-@pytest.fixture
-def n_read(monkeypatch):
-    seen = []
-    read = Prefilled.read
-
-    def spy(self, *arguments, **options):
-        read(self, *arguments, **options)
-        seen.append(self.n_read)
-
-    monkeypatch.setattr(Prefilled, "read", spy)
     return seen
 
 

@@ -23,7 +23,6 @@ from edge_shiftkv import (
     SettingError,
     ShiftKVError,
 )
-from edge_shiftkv.engine.prefilled import Prefilled
 from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.sampling import Sampler
 
@@ -37,20 +36,6 @@ def encodes(monkeypatch):
     seen = []
     encode = Projector.encode
     monkeypatch.setattr(Projector, "encode", lambda self, chunk: (seen.append(chunk), encode(self, chunk)))
-    return seen
-
-
-@pytest.fixture
-def n_read(monkeypatch):
-    """Grows by the tokens that each prompt had to be read for."""
-    seen = []
-    read = Prefilled.read
-
-    def spy(self, *arguments, **options):
-        read(self, *arguments, **options)
-        seen.append(self.n_read)
-
-    monkeypatch.setattr(Prefilled, "read", spy)
     return seen
 
 
