@@ -20,6 +20,7 @@ from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to
 
 from edge_shiftkv import chat_schema
 from edge_shiftkv.answering import too_long
+from edge_shiftkv.checks import check_number
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod, least_batch
 from edge_shiftkv.errors import PromptError, SettingError, ShiftKVError
 from edge_shiftkv.native import shiftkv
@@ -31,14 +32,14 @@ from edge_shiftkv.prompts.chat import ChatTemplate
 from edge_shiftkv.prompts.images import AllowHttp
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.request import Budget, budget_for, check_budget, method_of
+from edge_shiftkv.request import Budget, CutSettings, budget_for
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.selection.results import Selection
 
 _HIDDEN = -1  # stands where no prompt's first token can
 
 
-class ShiftKVChatHandler:
+class ShiftKVChatHandler(CutSettings):
     """Answers `Llama.create_chat_completion` on a KV cache that is cut after the prompt was read.
 
     It takes the place of the handler for pictures, or of none. The prompt is read into `Llama`'s context, cut there,
@@ -91,31 +92,12 @@ class ShiftKVChatHandler:
         if self._clip_model_path:
             check_mmproj(self._clip_model_path)
         self._use_gpu = use_gpu
-        if image_cache < 0:
-            raise SettingError(f"image_cache is {image_cache}: it has to be MiB >= 0 (0 keeps no embeddings)")
+        check_number("image_cache", image_cache, 0, note="MiB; 0 keeps no embeddings")
         self._image_cache = image_cache
         self._allow_http = allow_http
         self._image_root = None if image_root is None else Path(image_root)
         self._selection: Selection | None = None
         self._readers: weakref.WeakKeyDictionary[Llama, _Reader] = weakref.WeakKeyDictionary()
-
-    @property
-    def kv_budget(self) -> Budget:
-        """KV pairs kept of a prompt per layer and KV head, or the share of it below 1; None keeps all."""
-        return self._kv_budget
-
-    @kv_budget.setter
-    def kv_budget(self, budget: Budget) -> None:
-        self._kv_budget = check_budget(budget)
-
-    @property
-    def kv_method(self) -> Method | ScoringMethod:
-        """How the KV pairs to keep are selected; set to a name or None, it is that method's configuration."""
-        return self._kv_method
-
-    @kv_method.setter
-    def kv_method(self, value: Method | ScoringMethod | str | None) -> None:
-        self._kv_method = method_of(value)
 
     @property
     def selection(self) -> Selection | None:

@@ -111,6 +111,28 @@ def method_of(value: Method | ScoringMethod | str | None) -> Method | ScoringMet
     return chosen
 
 
+class CutSettings:
+    """The budget and the method of what cuts prompts; checked when they are set."""
+
+    @property
+    def kv_budget(self) -> Budget:
+        """KV pairs kept of a prompt per layer and KV head, or the share of it below 1; None keeps all."""
+        return self._kv_budget
+
+    @kv_budget.setter
+    def kv_budget(self, budget: Budget) -> None:
+        self._kv_budget = check_budget(budget)
+
+    @property
+    def kv_method(self) -> Method | ScoringMethod:
+        """How the KV pairs to keep are selected; set to a name or None, it is that method's configuration."""
+        return self._kv_method
+
+    @kv_method.setter
+    def kv_method(self, value: Method | ScoringMethod | str | None) -> None:
+        self._kv_method = method_of(value)
+
+
 @dataclass(frozen=True)
 class Request:
     """`Options` that were checked."""

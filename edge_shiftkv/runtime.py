@@ -27,7 +27,16 @@ from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import AllowHttp, ImageRoot, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of, takes_options
+from edge_shiftkv.request import (
+    Budget,
+    CutSettings,
+    Options,
+    Request,
+    budget_for,
+    check_budget,
+    method_of,
+    takes_options,
+)
 from edge_shiftkv.results import Completion
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.session import Session
@@ -36,7 +45,7 @@ from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream, Turn
 
 
-class Runtime(Closing):
+class Runtime(CutSettings, Closing):
     """A model, optionally with its vision encoder, that answers requests one at a time.
 
     Weights are loaded once. A prompt longer than `kv_budget` is read in a context of its own size, what the selection
@@ -160,24 +169,6 @@ class Runtime(Closing):
     @drafting.setter
     def drafting(self, drafting: Drafting | None) -> None:
         self._requests.drafting = drafting
-
-    @property
-    def kv_budget(self) -> Budget:
-        """KV pairs kept of a prompt per layer and KV head, or the share of it below 1; None keeps all."""
-        return self._kv_budget
-
-    @kv_budget.setter
-    def kv_budget(self, budget: Budget) -> None:
-        self._kv_budget = check_budget(budget)
-
-    @property
-    def kv_method(self) -> Method | ScoringMethod:
-        """How the KV pairs to keep are selected; set to a name or None, it is that method's configuration."""
-        return self._kv_method
-
-    @kv_method.setter
-    def kv_method(self, value: Method | ScoringMethod | str | None) -> None:
-        self._kv_method = method_of(value)
 
     def cancel(self) -> None:
         """End the request that is being answered, from any thread: there it raises CancelledError, within moments.

@@ -16,11 +16,12 @@ from typing_extensions import Unpack
 from edge_shiftkv import session_file
 from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin, cut, too_long
 from edge_shiftkv.closing import Closing
-from edge_shiftkv.engine.prefilled import BATCH, Prefilled, ScoringMethod
+from edge_shiftkv.engine.prefilled import BATCH, SPARE, Prefilled, ScoringMethod
 from edge_shiftkv.errors import CancelledError, ClosedError, PromptError, SessionError, SettingError, ShiftKVError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import ImageChunk
+from edge_shiftkv.prompts.chat import Part
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import ImageSource
 from edge_shiftkv.prompts.messages import Message
@@ -35,9 +36,7 @@ from edge_shiftkv.stream import Stream
 
 _ROOM = 1024  # tokens for a question and its answer in the context that holds what they are about
 _CUT_ROOM = 192  # the same for what was cut, of which many may be open; it grows when it has to
-_SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
 _QUESTIONS = ("A", "1")  # where their prompts differ, a question begins
-_STEP = 256  # contexts have a multiple of it
 
 
 class Session(Closing):
@@ -188,9 +187,11 @@ class Session(Closing):
 
         def make_prompt(conversation: Conversation) -> Continued:
             nonlocal head
-            prompt = self._continued(conversation, self._turns_head if last else self._head, last)
+            engine = self._requests.engine
+            parts = conversation.parts(engine.template)
+            prompt = self._continued(parts, self._turns_head if last else self._head, last)
             try:
-                head = Head.of(prompt, conversation.parts(self._requests.engine.template), self._requests.engine.model)
+                head = Head.of(prompt, parts, engine.model)
             except BaseException:
                 prompt.close()
                 raise
@@ -210,12 +211,12 @@ class Session(Closing):
         *before, about = self._about
         return [*before, replace(about, content=(*about.content, question))]
 
-    def _continued(self, conversation: Conversation, head: Head, holder: Prefilled | None = None) -> Continued:
-        """The tokens of a conversation; pictures of a head, which is held already, are not looked at again."""
+    def _continued(self, parts: Sequence[Part], head: Head, holder: Prefilled | None = None) -> Continued:
+        """The tokens of a prompt; pictures of a head, which is held already, are not looked at again."""
         engine = self._requests.engine
         holder = holder or (self._base if self._is_fixed else None)
         return Continued(
-            *(head, conversation.parts(engine.template), engine.model, engine.projector),
+            *(head, parts, engine.model, engine.projector),
             n_dropped=holder.n_dropped if holder else 0,
         )
 
@@ -280,7 +281,7 @@ class Session(Closing):
         """Nothing yet in a context, with its queries captured if it can be cut."""
         projector = self._requests.engine.projector
         try:
-            return Prefilled(context, projector, n_query=n_query, n_spare=_SPARE)
+            return Prefilled(context, projector, n_query=n_query, n_spare=SPARE)
         except ShiftKVError:
             if self._kv_budget is not None:
                 raise
@@ -302,8 +303,9 @@ class Session(Closing):
         if base.n_reused(prompt, most=most) >= prompt.n_head:
             base.read(prompt, self._requests.report, whole_batches=False, most=most)
         else:
+            parts = self._conversation.parts(self._requests.engine.template)
             # The base does not hold the pictures of former turns, or has lost the queries of its own.
-            with closing(self._continued(self._conversation, self._head if self._is_fixed else Head())) as whole:
+            with closing(self._continued(parts, self._head if self._is_fixed else Head())) as whole:
                 base.read(whole, self._requests.report, whole_batches=False, most=most)
         begun = begin(prompt, base, beginning, started)
         return begun if budget is None else cut(begun, budget, beginning, self._hand_over)
@@ -334,7 +336,7 @@ class Session(Closing):
         """Read a reply with pictures beside what is held, and keep `budget` KV pairs more."""
         engine = self._requests.engine
         n_held = last.n_tokens - last.n_dropped
-        n_ctx = _rounded(prompt.n_tokens - last.n_dropped)
+        n_ctx = prompt.n_tokens - last.n_dropped
         with closing(engine.context(n_ctx, engine.batch(prompt))) as large:
             whole = last.moved(large, n_query=beginning.request.kv_method.n_query)
             whole.read(prompt, self._requests.report, whole_batches=False)
@@ -358,7 +360,7 @@ class Session(Closing):
 
     def _new(self, n_ctx: int, n_batch: int) -> Context:
         """A context that answers can be written in, with a draft or without: that may change while it is open."""
-        return self._requests.engine.context(_rounded(n_ctx), n_batch, n_outputs=Drafting.n_pass)
+        return self._requests.engine.context(n_ctx, n_batch, n_outputs=Drafting.n_pass)
 
     @property
     def _is_fixed(self) -> bool:
@@ -409,7 +411,3 @@ def _whole(stream: Stream) -> Completion:
     for _ in stream:
         pass
     return stream.completion
-
-
-def _rounded(n_ctx: int) -> int:
-    return -(-n_ctx // _STEP) * _STEP

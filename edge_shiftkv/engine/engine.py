@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
-from edge_shiftkv.engine.prefilled import BATCH, Prefilled, prefill_batch
+from edge_shiftkv.engine.prefilled import BATCH, SPARE, Prefilled, prefill_batch
 from edge_shiftkv.errors import SettingError, ShiftKVError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.calls import Interrupt
@@ -22,7 +22,6 @@ from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Continued, Prompt
 
 _MIB = 1 << 20
-_SPARE = 128  # tokens of a question, after which the queries before it are still there for the next one
 
 Progress = Callable[[str, int, int], None]
 """Is told what goes on, how much of it is done, and of how much."""
@@ -193,7 +192,7 @@ class KeptPrompt:
         if prefilled is None or prefilled.context is not context or prefilled.n_query < n_query:
             self._prefilled = None
             context.clear()
-            n_spare = _SPARE if n_query else 0
+            n_spare = SPARE if n_query else 0
             prefilled = Prefilled(context, self._engine.projector, n_query=n_query, n_spare=n_spare)
             self._prefilled = prefilled
         prefilled.read(prompt, report)

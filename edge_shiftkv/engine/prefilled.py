@@ -21,6 +21,9 @@ from edge_shiftkv.selection.results import ImageSpan, Selection
 BATCH = 512
 """Tokens that a prompt is read in at a time."""
 
+SPARE = 128
+"""Tokens of a question, after which the queries before it are still there for the next one."""
+
 Floats = npt.NDArray[np.float32]
 
 
