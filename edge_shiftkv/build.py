@@ -43,6 +43,7 @@ import platformdirs
 from unidiff.errors import UnidiffParseError
 from unidiff.patch import PatchedFile, PatchSet
 
+from edge_shiftkv import cuda_toolkit
 from edge_shiftkv._paths import patches_dir
 
 UPSTREAM_VERSION = "0.3.36"
@@ -61,6 +62,7 @@ _PORTABILITY = "9"
 _BACKEND = "scikit-build-core==1.1.2"
 _SDIST_ROOT = f"llama_cpp_python-{UPSTREAM_VERSION}"
 _VERSION_FILE = "llama_cpp/__init__.py"
+_METADATA_FILE = "pyproject.toml"
 
 # 60 % of the sdist's bytes and its longest paths (Windows stops at 260 characters), none of which the library needs.
 _NOT_UNPACKED = tuple(f"vendor/llama.cpp/{part}/" for part in ("benches", "docs", "media", "models", "tools/ui"))
@@ -98,7 +100,15 @@ function(edge_shiftkv_keep_backend_macros_private)
     endif()
 endfunction()
 cmake_language(DEFER CALL edge_shiftkv_keep_backend_macros_private)
-"""
+
+# NVIDIA's packages put CUDA's libraries beside llama_cpp.
+function(edge_shiftkv_find_packaged_cuda)
+    if(TARGET ggml-cuda)
+        set_property(TARGET ggml-cuda APPEND PROPERTY INSTALL_RPATH "$ORIGIN/../../@CUDA@")
+    endif()
+endfunction()
+cmake_language(DEFER CALL edge_shiftkv_find_packaged_cuda)
+""".replace("@CUDA@", cuda_toolkit.RUNTIME_FOLDER)
 
 Report = Callable[[str], None]
 
@@ -111,6 +121,7 @@ class BuildError(RuntimeError):
 class Options:
     """What to build. `backends` are GGML backend names in lower case ("cuda", "metal", "vulkan").
 
+    `cuda_arch` is the GPU architecture, or several with semicolons, that CUDA code is compiled for ("86", "90").
     `stock` leaves out this project's own changes, all but the portability patches.
     """
 
@@ -118,17 +129,24 @@ class Options:
     native: bool = True
     cmake_args: tuple[str, ...] = ()
     stock: bool = False
+    cuda_arch: str | None = None
 
     @property
     def version(self) -> str:
         """The version of the wheel these options give."""
         return UPSTREAM_VERSION if self.stock else WHEEL_VERSION
 
+    @property
+    def takes_packaged_cuda(self) -> bool:
+        """Whether CUDA's compiler comes from PyPI, as the machine has none."""
+        return "cuda" in self.backends and cuda_toolkit.is_needed()
+
     def cmake(self) -> list[str]:
         """The CMake command line; the caller's own arguments come last so that they win."""
         return [
             f"-DGGML_NATIVE={'ON' if self.native else 'OFF'}",
             *(f"-DGGML_{backend.upper()}=ON" for backend in sorted(self.backends)),
+            *([f"-DCMAKE_CUDA_ARCHITECTURES={self.cuda_arch}"] if self.cuda_arch else []),
             *self.cmake_args,
         ]
 
@@ -159,6 +177,7 @@ def build_wheel(options: Options, report: Report = print_line) -> Path:
         report(f"cached: {wheel}")
         return wheel
     _require_compiler()
+    _require_cuda(options)
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache, report):
         if wheel := _only_wheel(finished):  # another process built it while this one waited
@@ -212,6 +231,7 @@ def cache_key(options: Options, patches: Mapping[str, bytes], cpu: str) -> str:
         "sdist": SDIST_SHA256,
         "version": options.version,
         "backend": [_BACKEND, _CMAKE_INCLUDE],
+        "cuda": cuda_toolkit.PACKAGES if options.takes_packaged_cuda else (),
         "patches": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(patches.items())},
         "cmake": options.cmake(),
         "environment": {name: os.environ[name] for name in _BUILD_ENVIRONMENT if name in os.environ},
@@ -312,6 +332,10 @@ def _desired_tree(sdist: Path, options: Options, patches: Mapping[str, bytes]) -
         # The backend reads the wheel's version from here.
         stock_line, local_line = (f'__version__ = "{v}"'.encode() for v in (UPSTREAM_VERSION, WHEEL_VERSION))
         tree[_VERSION_FILE] = tree[_VERSION_FILE].replace(stock_line, local_line)
+    if options.takes_packaged_cuda:  # then pip brings its libraries along with the wheel
+        more = "".join(f'    "{requirement}",\n' for requirement in cuda_toolkit.RUNTIME)
+        first = b"dependencies = [\n"
+        tree[_METADATA_FILE] = tree[_METADATA_FILE].replace(first, first + more.encode(), 1)
     return tree
 
 
@@ -373,9 +397,12 @@ def _compile(cache: Path, options: Options, wheel_dir: Path, report: Report) -> 
     (build / "CMakeCache.txt").unlink(missing_ok=True)
     include = cache / "include.cmake"
     include.write_text(_CMAKE_INCLUDE, encoding="utf-8")
+    packaged = (
+        cuda_toolkit.complete(_tools(cache, list(cuda_toolkit.PACKAGES), report)) if options.takes_packaged_cuda else []
+    )
     settings = {
         "build-dir": str(build),
-        "cmake.args": [f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={include.as_posix()}", *options.cmake()],
+        "cmake.args": [f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={include.as_posix()}", *packaged, *options.cmake()],
         "cmake.verbose": "false",
         "ninja.make-fallback": "false",
     }
@@ -499,6 +526,19 @@ def _require_compiler() -> None:
                 f"no {language} compiler found (looked for {looked_for}): install one "
                 f"(Debian: apt install g++, macOS: xcode-select --install) or set {variable}"
             )
+
+
+def _require_cuda(options: Options) -> None:
+    if not options.takes_packaged_cuda:
+        return
+    if not cuda_toolkit.is_offered():
+        raise BuildError("no CUDA compiler found: install NVIDIA's CUDA toolkit, or set CUDACXX to its nvcc")
+    chosen = options.cuda_arch or any("CMAKE_CUDA_ARCHITECTURES" in argument for argument in options.cmake_args)
+    if not (chosen or os.environ.get("CUDAARCHS") or cuda_toolkit.has_gpu()):
+        raise BuildError(
+            "no NVIDIA GPU found to build for: name its architecture with --cuda-arch "
+            "(75 Turing, 86 RTX 30, 89 RTX 40, 90 H100, 120 RTX 50)"
+        )
 
 
 def _pip(*arguments: str, path: Path | None = None) -> None:

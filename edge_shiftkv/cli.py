@@ -50,6 +50,11 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("build", help=text, description=text)
     for name, title in (("cuda", "CUDA"), ("metal", "Metal, the default on macOS"), ("vulkan", "Vulkan")):
         parser.add_argument(f"--{name}", dest="backends", action="append_const", const=name, help=f"add {title}")
+    parser.add_argument(
+        "--cuda-arch",
+        metavar="ARCH",
+        help="the GPU architecture to build for, as in 86 or 75;90 (default: that of this machine's GPU)",
+    )
     parser.add_argument("--no-native", action="store_true", help="do not tune the library for this machine's CPU")
     parser.add_argument(
         "--cmake-arg",
@@ -300,6 +305,7 @@ def _build(arguments: argparse.Namespace) -> int:
         native=not arguments.no_native,
         cmake_args=tuple(arguments.cmake_arg),
         stock=arguments.stock,
+        cuda_arch=arguments.cuda_arch,
     )
     try:
         wheel = build.build_wheel(options)

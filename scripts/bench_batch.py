@@ -2,32 +2,41 @@
 
     python scripts/bench_batch.py -m MODEL --mmproj MMPROJ --images PAGES/*.png --slots 4 8 16 --out batch.jsonl
     python scripts/bench_batch.py -m MODEL --prompt-tokens 1024 --requests 16    # pages of text (Python source)
+    python scripts/bench_batch.py -m MODEL --prompt-tokens 2900 --memory         # what the sequences' KV caches take
 
 The same requests are answered by `Runtime.generate`, one by one with the full cache, and by `Runtime.generate_many`
-with so many slots, uncut and cut to the budget. A request is a page of its own and a question; answers have --tokens
-tokens, however they go. All that is compared is measured in one run, a round after the other, in an order that turns:
-ratios are medians of the rounds' ratios with their quartiles. Each measurement is a line of --out.
+with so many slots, uncut and cut to the budget; with --stock LIBRARY (see bench_pass.py) also by llama-cpp-python's own
+`Llama` on the stock library, in a process of its own. A request is a page of its own and a question; answers have
+--tokens tokens, however they go. All that is compared is measured in one run, a round after the other, in an order that
+turns: ratios are medians of the rounds' ratios with their quartiles. Each measurement is a line of --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_kv import markdown, ratio
+from bench_kv import MIB, markdown, ratio, resident
 from PIL import Image
 
 from edge_shiftkv import Runtime, load_image
+from edge_shiftkv.answering import n_cells
 
 QUESTION = "What does the page say?"
 ONE_BY_ONE = "one by one, full cache"
+STOCK = "stock llama.cpp, one by one"
 
 Request = Mapping[str, Any]
 
@@ -87,12 +96,75 @@ def ways(options: argparse.Namespace, runtime: Runtime, requests: Sequence[Reque
     return found
 
 
+class Stock:
+    """A process that answers with the stock library."""
+
+    def __init__(self, options: argparse.Namespace, runtime: Runtime, requests: Sequence[Request]) -> None:
+        environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(options.stock.absolute())}
+        command = [sys.executable, str(Path(__file__).with_name("stock_answers.py"))]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        model = runtime.engine.model
+        n_prompt = runtime.generate(**requests[0], max_tokens=1).figures.prompt_tokens
+        self._ask(
+            {
+                "model": str(options.model),
+                "mmproj": options.mmproj and str(options.mmproj),
+                "n_ctx": n_prompt + options.tokens + 512,
+                "threads": options.threads,
+                "tokens": options.tokens,
+                "logit_bias": {str(i): -1e9 for i in range(model.n_vocab) if model.ends_generation(i)},
+            }
+        )
+        self._requests = [self._content(request) for request in requests]
+
+    def __enter__(self) -> Stock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def __call__(self) -> int:
+        return int(self._ask(self._requests))
+
+    def warm_up(self) -> None:
+        """Answer one request."""
+        self._ask(self._requests[:1])
+
+    @staticmethod
+    def _content(request: Request) -> list[dict[str, Any]]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": request["prompt"]}]
+        for image in request.get("images", ()):
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        return content
+
+    def _ask(self, value: object) -> str:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps(value), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the stock library's process ended with status {self._process.wait()}")
+        return line
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The table."""
     seconds: dict[str, list[float]] = {}
-    with Runtime(options.model, options.mmproj, n_threads=options.threads, image_cache=0) as runtime:
+    with (
+        Runtime(options.model, options.mmproj, n_threads=options.threads, image_cache=0) as runtime,
+        ExitStack() as processes,
+    ):
         requests = pages(options, runtime)
         found = ways(options, runtime, requests)
+        if options.stock:
+            stock = processes.enter_context(Stock(options, runtime, requests))
+            stock.warm_up()
+            found = {STOCK: stock, **found}
         runtime.generate(**requests[0], max_tokens=1)  # to warm up
         for i in range(options.rounds):
             names = list(found)
@@ -113,10 +185,29 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in found:
         row = {"Way": name, "Requests an hour": f"{3600 * len(requests) / float(np.median(seconds[name])):.0f}"}
+        if options.stock:
+            row["Over stock"] = ratio(seconds[STOCK], seconds[name])
         row["Over one by one"] = ratio(seconds[ONE_BY_ONE], seconds[name])
         uncut = f"{name.partition(',')[0]}, uncut"
         row["Over uncut slots"] = ratio(seconds[uncut], seconds[name]) if uncut in seconds else ""
         rows.append(row)
+    return rows
+
+
+def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the context takes that all answers are written in, uncut and cut to 1/8 and to the budget."""
+    rows = []
+    with Runtime(options.model, options.mmproj, n_threads=options.threads) as runtime:
+        model, n_prompt = runtime.engine.model, options.prompt_tokens
+        for n in options.slots:
+            taken = []
+            for kept in (n_prompt, n_prompt // 8, options.budget):
+                before = resident()[1]
+                n_ctx = n_cells(model, n_prompt, kept, options.tokens)
+                with closing(runtime.engine.context(n_ctx, n, n_outputs=n, n_seq=n)):
+                    taken.append((resident()[1] - before) / MIB)
+                rows.append({"Slots": n, "Prompt": n_prompt, "Kept": kept, "Room for": options.tokens,
+                             "MiB": f"{taken[-1]:.0f}", "Over uncut": f"{taken[-1] / taken[0]:.2f}"})  # fmt: skip
     return rows
 
 
@@ -133,9 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=int, default=128, help="KV pairs kept (128)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stock", type=Path, metavar="LIBRARY", help="folder of the stock library")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, one a measurement")
+    parser.add_argument("--memory", action="store_true", help="measure what the slots' KV caches take")
     options = parser.parse_args(arguments)
-    print(markdown(measure(options)))
+    print(markdown(memory(options) if options.memory else measure(options)))
 
 
 if __name__ == "__main__":
