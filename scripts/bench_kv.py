@@ -48,11 +48,13 @@ ROUNDS = "rounds"
 
 
 class Bench:
-    """A model on the CPU, a prompt for it of any length, and a clock that counts seconds."""
+    """A model, a prompt for it of any length, and a clock that counts seconds."""
 
-    def __init__(self, path: Path, n_threads: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, path: Path, n_threads: int, clock: Callable[[], float] = time.perf_counter, n_gpu_layers: int = 0
+    ) -> None:
         self.clock = clock
-        self._engine = Engine(path, n_gpu_layers=0, n_threads=n_threads)
+        self._engine = Engine(path, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
         source = "\n".join(Path(module).read_text() for module in (argparse.__file__, multiprocessing.__file__))
         self._text = self._engine.model.tokenize(source)
 
@@ -124,7 +126,7 @@ def selection(options: argparse.Namespace) -> list[Row]:
     """Each method's share of prefill time."""
     rows: list[Row] = []
     methods = {text: configured(text) for text in options.methods}
-    with closing(Bench(options.model, options.threads, options.clock)) as bench:
+    with closing(Bench(options.model, options.threads, options.clock, options.gpu_layers)) as bench:
         measure_selection(bench, 2 * BATCH, options.budget, methods, 1)  # warm-up
         for n_prompt in options.tokens:
             plain, captured, select, hand_over = measure_selection(
@@ -186,7 +188,7 @@ def decode(options: argparse.Namespace) -> list[Row]:
     chosen = method(DEFAULT_METHOD)
     path = options.model or synthetic_model(options.layers)
     with (
-        closing(Bench(path, options.threads, options.clock)) as bench,
+        closing(Bench(path, options.threads, options.clock, options.gpu_layers)) as bench,
         bench.reading(lengths[-1], chosen.n_query) as prefilled,
     ):
         tokens = bench.prompt(lengths[-1])
@@ -312,23 +314,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(function=function)
         return command
 
-    def add_cpu_time(command: argparse.ArgumentParser) -> None:
+    def add_clock_and_device(command: argparse.ArgumentParser) -> None:
         text = "measure CPU time of one thread, not wall time"
         command.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time, help=text)
+        command.add_argument("--gpu-layers", type=int, default=0, help="layers on the GPU (0)")
         command.set_defaults(clock=time.perf_counter)
 
     command = add(selection, required=True, help="a GGUF file")
     command.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="of the prompts")
     command.add_argument("--methods", nargs="+", default=list(METHODS))
     command.add_argument("--rounds", type=int, default=3)
-    add_cpu_time(command)
+    add_clock_and_device(command)
 
     command = add(decode, help="a GGUF file (random weights)")
     lengths = [512, 1024, 2048, 4096, 8192, 16384]
     command.add_argument("--tokens", type=int, nargs="+", default=lengths, help="of the prompts")
     command.add_argument("--layers", type=int, default=2, help="of the model with random weights (2)")
     command.add_argument("--rounds", type=int, default=15)
-    add_cpu_time(command)
+    add_clock_and_device(command)
 
     command = add(memory, required=True, help="a GGUF file")
     command.set_defaults(clock=time.perf_counter)

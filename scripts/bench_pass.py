@@ -29,7 +29,7 @@ PREFILL = 512
 DEPTH = 64  # tokens in the KV cache that a pass is added to
 
 
-def serve(model: str, n_threads: int, clock: Callable[[], float]) -> None:
+def serve(model: str, n_gpu_layers: int, n_threads: int, clock: Callable[[], float]) -> None:
     """Measure passes over as many tokens as each line of stdin says; answer with the seconds."""
     import llama_cpp as llama
 
@@ -37,7 +37,7 @@ def serve(model: str, n_threads: int, clock: Callable[[], float]) -> None:
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, ctypes.c_void_p())
     model_settings = llama.llama_model_default_params()
-    model_settings.n_gpu_layers = 0
+    model_settings.n_gpu_layers = n_gpu_layers
     weights = llama.llama_model_load_from_file(model.encode(), model_settings)
     if not weights:
         sys.exit(f"{model} does not load")
@@ -84,6 +84,7 @@ class Library:
         if folder:
             environment["LLAMA_CPP_LIB_PATH"] = str(folder.absolute())
         command = [sys.executable, __file__, "--serve", "-m", str(options.model), "--threads", str(options.threads)]
+        command += ["--gpu-layers", str(options.gpu_layers)]
         command += ["--cpu-time"] if options.cpu_time else []
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -155,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--library", type=Path, metavar="FOLDER", help="the patched library's files (installed)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[*range(1, 10), 12, 16, PREFILL], help="of a pass")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
+    parser.add_argument("--gpu-layers", type=int, default=0, help="layers on the GPU (0)")
     parser.add_argument("--cpu-time", action="store_true", help="measure CPU time of one thread, not wall time")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all single measurements there")
@@ -165,11 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cpu_time:
         options.threads = 1
     if options.serve:
-        serve(str(options.model), options.threads, time.process_time if options.cpu_time else time.perf_counter)
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        serve(str(options.model), options.gpu_layers, options.threads, clock)
         return 0
     times = measure(options)
-    clock = "CPU time" if options.cpu_time else "wall time"
-    settings = f"model: {options.model.name}, threads: {options.threads}, clock: {clock}, rounds: {options.rounds}"
+    measured_in = "CPU time" if options.cpu_time else "wall time"
+    settings = (
+        f"model: {options.model.name}, threads: {options.threads}, clock: {measured_in}, rounds: {options.rounds}"
+    )
     print(f"{settings}\n\n{table(times)}")
     if options.json:
         options.json.write_text(json.dumps({"model": options.model.name, "seconds": times}, indent=1) + "\n")
