@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_serve(commands)
     _add_demo(commands)
     arguments = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"edge-shiftkv: {message}\n"
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
@@ -14,7 +15,7 @@ from edge_shiftkv.engine.prefilled import BATCH, SPARE, Prefilled, prefill_batch
 from edge_shiftkv.errors import SettingError, ShiftKVError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.calls import Interrupt
-from edge_shiftkv.native.llama import KV_TYPES, Context, Model, usable_cpus
+from edge_shiftkv.native.llama import KV_TYPES, Context, Model, backend_without_device, usable_cpus
 from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.prompts.chat import ChatTemplate
 from edge_shiftkv.prompts.conversation import Conversation
@@ -63,6 +64,14 @@ class Engine(Closing):
         self.n_threads = n_threads
         self.interrupt = Interrupt()
 
+        backend = backend_without_device()
+        if n_gpu_layers and backend:
+            warnings.warn(
+                f"llama.cpp is built for {backend} here and finds no such device (is its driver installed?): "
+                "the model runs on the CPU",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         with ExitStack() as resources:
             self.model = Model(Path(model), n_gpu_layers, progress=loading("model", model, progress))
             resources.callback(self.model.close)

@@ -38,6 +38,14 @@ _HTML = re.compile(
 _MARKER = re.compile(r"[<>\[\]{}].*[\w|].*[<>\[\]{}]", re.DOTALL)
 
 
+def backend_without_device() -> str | None:
+    """The GPU backend that the library was built for and sees no device of: everything runs on the CPU then."""
+    if llama.llama_supports_gpu_offload():
+        return None
+    folder = Path(llama._base_path)
+    return next((name for name in ("CUDA", "Metal", "Vulkan") if any(folder.glob(f"*ggml-{name.lower()}.*"))), None)
+
+
 class Model(Handle):
     """The weights and the vocabulary of one GGUF file, or its vocabulary only: a `llama_model *`.
 

@@ -108,6 +108,18 @@ def test_there_is_a_device(environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_without_a_device_the_cpu_answers_and_it_is_said(environment: dict[str, str]) -> None:
+    demo = TESTS.parent / "models" / "demo" / "demo-text-q8_0.gguf"
+    command = [sys.executable, "-m", "edge_shiftkv", "run", "-m", str(demo), "-p", "7 7", "--max-tokens", "2"]
+    for driver, said in (({"VK_ICD_FILENAMES": "/none"}, True), ({}, False)):
+        done = subprocess.run(command, env={**environment, **driver}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("built for Vulkan here and finds no such device" in done.stderr) == said
+    on_the_cpu = [*command, "--gpu-layers", "0"]  # as was asked for
+    done = subprocess.run(on_the_cpu, env={**environment, "VK_ICD_FILENAMES": "/none"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_on_the_device(output: str, case: str) -> None:
     passed = re.search(rf"^tests/native/{re.escape(case)} PASSED", output, re.MULTILINE)
