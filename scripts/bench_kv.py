@@ -285,7 +285,7 @@ def measure_memory(path: Path, n_prompt: int, n_threads: int, settings: dict[str
 
 
 def resident(what: str) -> int:
-    """Bytes of this process in memory: RssAnon those that are no mapped files' (as the GGUF's), VmHWM the peak of all."""
+    """Bytes of this process in memory: RssAnon those that are no mapped files', VmHWM the peak of all."""
     status = Path("/proc/self/status")
     if not status.exists():
         raise SystemExit("this needs Linux, whose /proc tells resident memory")
