@@ -221,6 +221,7 @@ int32_t llama_shiftkv_layers::next(const llama_shiftkv_params & params, const fl
 
         int32_t status = skv.select(params, scores, n_scores, il);
 
+        skv.selected = false; // not of all layers
         for (size_t i = 0; i < before.kept.size() && i < skv.sel.kept.size(); ++i) {
             if (capture.layers[i].il < il) {
                 skv.sel.kept[i] = before.kept[i];
@@ -233,7 +234,6 @@ int32_t llama_shiftkv_layers::next(const llama_shiftkv_params & params, const fl
             status = move(dst, seq_dst);
         }
         if (status != LLAMA_SHIFTKV_OK) {
-            skv.selected = false;
             return status;
         }
     }
@@ -243,10 +243,10 @@ int32_t llama_shiftkv_layers::next(const llama_shiftkv_params & params, const fl
 
     if (il == n_layer) {
         llama_shiftkv_caches(dst.get_memory()).first.put(seq_dst, cells_dst, metas);
+        skv.selected = true;
         return 0;
     }
 
-    skv.selected = false; // not of all layers
     capture.ctx.lctx.get_memory()->clear(false);
     capture.only = il;
 
