@@ -9,13 +9,14 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from edge_shiftkv.engine.by_layer import context_by_layer, read_by_layer
 from edge_shiftkv.engine.engine import Engine, Progress
 from edge_shiftkv.engine.prefilled import Prefilled
 from edge_shiftkv.engine.slot import Decoder, Slot, Written
 from edge_shiftkv.errors import ClosedError, ContextOverflowError
 from edge_shiftkv.grammar import Grammar
 from edge_shiftkv.native import shiftkv
-from edge_shiftkv.native.llama import Model
+from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.prompt import Continued, Prompt
 from edge_shiftkv.request import Request
@@ -67,12 +68,22 @@ class Requests:
 
     n_ctx: the most tokens of prompt and answer together.
     drafting: what drafts for the engine, if anything does.
+    by_layer: whether prompts that are cut are read layer by layer.
     """
 
-    def __init__(self, engine: Engine, n_ctx: int, drafting: Drafting | None, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        n_ctx: int,
+        drafting: Drafting | None,
+        progress: Progress | None,
+        *,
+        by_layer: bool = False,
+    ) -> None:
         self.engine = engine
         self.n_ctx = n_ctx
         self.drafting = drafting
+        self.by_layer = by_layer
         self._progress = progress
         self._turn = Turn()
         self._active: weakref.ref[Running[Any, Any]] | None = None
@@ -144,6 +155,32 @@ class Requests:
             self._end_active()
             self.engine.interrupt.begin()
             work()
+
+    def begin_by_layer(
+        self,
+        prompt: Prompt,
+        budget: int,
+        beginning: Beginning,
+        started: float,
+        destination: Context,
+        sequence: int = 0,
+    ) -> Begun:
+        """Read a prompt layer by layer and cut it into a sequence, and draw the first token; as `begin` and `cut`."""
+        engine, method = self.engine, beginning.request.kv_method
+        with closing(context_by_layer(engine, prompt.n_tokens, engine.batch(prompt), method.n_query)) as context:
+            read = read_by_layer(
+                *(engine, prompt, context, destination, method, budget),
+                sequence=sequence,
+                report=self.report,
+            )
+            begun = begin(prompt, read.prefilled, beginning, started)
+        figures = replace(
+            _cut_figures(begun.figures, read.info, read.selection_s),
+            prefill_s=begun.figures.prefill_s - read.selection_s,
+        )
+        held = Prefilled.of(destination, engine.projector, read.prefilled.held())
+        held.n_dropped = prompt.n_tokens - read.info.n_kept
+        return Begun(held, begun.token, figures, read.selection)
 
     def close(self, free: Callable[[], None]) -> None:
         """End the request that is answered, wait for it, and free what it uses."""
@@ -316,12 +353,15 @@ def cut(begun: Begun, budget: int, beginning: Beginning, hand_over: Callable[[Pr
     selection = prefilled.select(beginning.request.kv_method, budget)
     n_ctx = n_cells(prefilled.context.model, prefilled.n_tokens, budget, beginning.room)
     after = hand_over(prefilled, n_ctx)
-    info = shiftkv.info(prefilled.context)
-    figures = replace(
-        begun.figures,
+    figures = _cut_figures(begun.figures, shiftkv.info(prefilled.context), time.perf_counter() - started)
+    return Begun(after, begun.token, figures, selection)
+
+
+def _cut_figures(figures: Figures, info: shiftkv.Info, selection_s: float) -> Figures:
+    return replace(
+        figures,
         kept_tokens=info.n_kept,
         kv_bytes_prompt=info.kv_bytes_prompt,
         kv_bytes_kept=info.kv_bytes_kept,
-        selection_s=time.perf_counter() - started,
+        selection_s=selection_s,
     )
-    return Begun(after, begun.token, figures, selection)

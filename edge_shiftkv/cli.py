@@ -75,6 +75,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     text = "answer a prompt, with pictures, from a KV cache cut to a budget"
     parser = commands.add_parser("run", help=text, description=text)
     _add_model(parser)
+    _add_prefill(parser)
     _add_draft(parser)
     parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="a picture; repeatable")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
@@ -104,6 +105,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     text = "answer OpenAI clients over HTTP, one request at a time"
     parser = commands.add_parser("serve", help=text, description=text)
     _add_model(parser)
+    _add_prefill(parser)
     _add_draft(parser)
     # Requests come from others: without a folder they may not name files at all.
     parser.set_defaults(run=_run, image_root=False)
@@ -166,7 +168,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="fetch pictures from http(s) addresses: public ones (default), or those of private networks, too",
     )
     group.add_argument("--image-root", type=Path, metavar="DIR", help="take pictures' paths from this folder only")
-    parser.set_defaults(draft=None, draft_tokens=None, draft_rule=None, draft_mmproj=None)
+    parser.set_defaults(prefill="by-batch", draft=None, draft_tokens=None, draft_rule=None, draft_mmproj=None)
+
+
+def _add_prefill(parser: argparse.ArgumentParser) -> None:
+    """How prompts are read, for commands that keep none of them whole."""
+    parser.add_argument(
+        "--prefill",
+        choices=("by-batch", "by-layer"),
+        help="by-layer takes less memory while a prompt is read that is cut (default: by-batch)",
+    )
 
 
 def _add_draft(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +234,7 @@ def _add_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-o", "--out", required=True, type=Path, metavar="OUT.jsonl", help="answers; what is there is gone on with"
     )
     _add_model(parser)
+    _add_prefill(parser)
     _add_sampling(parser)
     group = parser.add_argument_group("batch")
     group.add_argument(

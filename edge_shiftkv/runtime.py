@@ -8,21 +8,22 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from PIL import Image
 from typing_extensions import Unpack
 
 from edge_shiftkv import chat_schema, hub, session_file
-from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut
+from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut, n_cells
 from edge_shiftkv.batch.batch import Batch, Many
 from edge_shiftkv.batch.rows import Ready, Rows, read_row
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
+from edge_shiftkv.engine.by_layer import check_by_layer
 from edge_shiftkv.engine.engine import Engine, KeptContext, KeptPrompt, Progress, roomy
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod
 from edge_shiftkv.errors import PromptError, SettingError
-from edge_shiftkv.native.llama import MAX_SEQUENCES
+from edge_shiftkv.native.llama import MAX_SEQUENCES, Context
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import AllowHttp, ImageRoot, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
@@ -43,6 +44,8 @@ from edge_shiftkv.session import Session
 from edge_shiftkv.speculative.loop import Drafting
 from edge_shiftkv.speculative.options import DraftOptions
 from edge_shiftkv.stream import Stream, Turn
+
+Prefill = Literal["by-batch", "by-layer"]
 
 
 class Runtime(CutSettings, Closing):
@@ -68,6 +71,11 @@ class Runtime(CutSettings, Closing):
     keep_prompt: whether the large context stays, too: a request that begins like the one before, as the next turn of a
         conversation does, then only reads what is new. It costs the memory of a whole prompt's KV pairs. Without a
         budget there is only one context, which stays in any case.
+    prefill: "by-layer" takes a prompt that is cut through the whole of a layer before the next one: only one layer's KV
+        pairs of the whole prompt exist at a time, beside what is kept of the others, and the result is the same. Of
+        models whose layers have full attention and read nothing but what the layer before made; without `keep_prompt`,
+        and without sessions, which keep whole prompts. "by-batch", the default, takes a part of the prompt through all
+        layers before the next one.
     image_cache: MiB of pictures' embeddings that are kept, those used last: such a picture is not encoded again.
     allow_http: whether `image_url` parts and `images` may be fetched from http(s) addresses: True from public ones,
         "private" also from this machine's and private networks'.
@@ -79,7 +87,7 @@ class Runtime(CutSettings, Closing):
         how much of it is done, and of how much: bytes, or tokens.
 
     Raises ModelError when a file is missing, is not what it should be, or two do not fit; SettingError for a setting
-    out of its range.
+    out of its range, or two that exclude each other; ShiftKVError for a model that cannot be read by layer.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class Runtime(CutSettings, Closing):
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
         keep_prompt: bool = False,
+        prefill: Prefill = "by-batch",
         image_cache: int = 64,
         allow_http: AllowHttp = False,
         image_root: str | os.PathLike[str] | Literal[False] | None = None,
@@ -106,6 +115,11 @@ class Runtime(CutSettings, Closing):
         self.kv_method = kv_method
         if n_ctx is not None:
             check_number("n_ctx", n_ctx, 0, whole=True, note="None or 0 is the model's own")
+        if prefill not in get_args(Prefill):
+            raise SettingError(f"prefill is {prefill!r}: it has to be one of {', '.join(get_args(Prefill))}")
+        by_layer = prefill == "by-layer"
+        if by_layer and keep_prompt:
+            raise SettingError("keep_prompt keeps the KV pairs of whole prompts, which prefill='by-layer' never has")
         self._path = Path(model)
         self._allow_http = allow_http
         self._image_root: ImageRoot = None if image_root is None else image_root is not False and Path(image_root)
@@ -125,7 +139,10 @@ class Runtime(CutSettings, Closing):
             if draft is not None:
                 drafting = Drafting(Path(draft), engine, draft_options, progress)
                 resources.callback(drafting.close)
-            self._requests = Requests(engine, n_ctx or engine.model.n_ctx_train, drafting, progress)
+            if by_layer:
+                check_by_layer(engine)
+            n_ctx = n_ctx or engine.model.n_ctx_train
+            self._requests = Requests(engine, n_ctx, drafting, progress, by_layer=by_layer)
             self._kept = KeptContext(engine)
             resources.callback(self._kept.close)
             self._prefilled: Prefilled | None = None  # in the kept context, if it was not cut
@@ -336,6 +353,8 @@ class Runtime(CutSettings, Closing):
         kv_budget: Budget | Literal["runtime"],
         kv_method: Method | ScoringMethod | str | None,
     ) -> Session:
+        if self._requests.by_layer:
+            raise SettingError("a session keeps the KV pairs of whole prompts, which prefill='by-layer' never has")
         budget = self.kv_budget if kv_budget == "runtime" else check_budget(kv_budget)
         method = self.kv_method if kv_method is None else method_of(kv_method)
         session = Session(self._requests, about, self._load, budget, method)
@@ -436,11 +455,18 @@ class Runtime(CutSettings, Closing):
             self._prefilled.read(prompt, self._requests.report)
             return begin(prompt, self._prefilled, beginning, started)
 
-        def hand_over(uncut: Prefilled, n_ctx: int) -> Prefilled:
+        def small(n_ctx: int) -> Context:
             context = self._kept.get(n_ctx, beginning.n_pass, beginning.n_pass)
             context.clear()
             self._prefilled = None
-            return uncut.handed_over(context)
+            return context
+
+        if self._requests.by_layer:
+            context = small(n_cells(self.engine.model, prompt.n_tokens, budget, beginning.room))
+            return self._requests.begin_by_layer(prompt, budget, beginning, started, context)
+
+        def hand_over(uncut: Prefilled, n_ctx: int) -> Prefilled:
+            return uncut.handed_over(small(n_ctx))
 
         n_query = request.kv_method.n_query
         if self._keep_prompt:

@@ -202,10 +202,10 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
         for n in options.slots:
             taken = []
             for kept in (n_prompt, n_prompt // 8, options.budget):
-                before = resident()[1]
+                before = resident("RssAnon")
                 n_ctx = n_cells(model, n_prompt, kept, options.tokens)
                 with closing(runtime.engine.context(n_ctx, n, n_outputs=n, n_seq=n)):
-                    taken.append((resident()[1] - before) / MIB)
+                    taken.append((resident("RssAnon") - before) / MIB)
                 rows.append({"Slots": n, "Prompt": n_prompt, "Kept": kept, "Room for": options.tokens,
                              "MiB": f"{taken[-1]:.0f}", "Over uncut": f"{taken[-1] / taken[0]:.2f}"})  # fmt: skip
     return rows

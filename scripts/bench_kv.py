@@ -2,12 +2,12 @@
 
     python scripts/bench_kv.py selection -m MODEL    # each method's share of prefill time, and what capturing costs
     python scripts/bench_kv.py decode                # decode time against prompt length: full cache and cut cache
-    python scripts/bench_kv.py memory -m MODEL       # KV bytes and resident memory, before and after the cut
+    python scripts/bench_kv.py memory                # the peak of a process: full cache, cut, and cut and read by layer
 
 Contexts are made, filled, cut and freed as `edge_shiftkv.Runtime` does it. What is compared is measured alternately in
 one run: figures are medians over rounds, ratios are medians of the rounds' ratios with their quartiles. The prompts are
 Python source. A method is a name, with settings where they are not its defaults: ``paper:n_proxy=128``; `decode` and
-`memory` take the default one. Without -m, `decode` uses a model with random weights and the shape of LLaVA-7B's layers,
+`memory` take the default one. Without -m, they use a model with random weights and the shape of LLaVA-7B's layers,
 kept in the build's cache directory. On a machine that is not idle, --cpu-time measures what one thread takes.
 """
 
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ import numpy as np
 import synthetic_gguf
 from kv_methods import configured
 
+from edge_shiftkv import Runtime
 from edge_shiftkv.build import default_cache_dir
 from edge_shiftkv.engine import Engine, Prefilled
 from edge_shiftkv.engine.prefilled import BATCH
-from edge_shiftkv.native import shiftkv
-from edge_shiftkv.native.llama import Context
+from edge_shiftkv.native.llama import Context, Model
 from edge_shiftkv.selection.methods import DEFAULT_METHOD, METHODS, Method, method
 
 REFERENCE_TOKENS = 256
@@ -55,8 +55,6 @@ class Bench:
     ) -> None:
         self.clock = clock
         self._engine = Engine(path, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
-        source = "\n".join(Path(module).read_text() for module in (argparse.__file__, multiprocessing.__file__))
-        self._text = self._engine.model.tokenize(source)
 
     def close(self) -> None:
         """Free the weights."""
@@ -64,7 +62,7 @@ class Bench:
 
     def prompt(self, n_tokens: int) -> list[int]:
         """The first tokens of a text that repeats itself."""
-        return [self._text[i % len(self._text)] for i in range(n_tokens)]
+        return first_tokens(self._engine.model, n_tokens)
 
     @contextmanager
     def reading(self, n_ctx: int, n_query: int = 0) -> Iterator[Prefilled]:
@@ -84,6 +82,13 @@ class Bench:
         started = self.clock()
         function(*arguments)
         return self.clock() - started
+
+
+def first_tokens(model: Model, n_tokens: int) -> list[int]:
+    """The first tokens of Python source, which repeats itself."""
+    source = "\n".join(Path(module).read_text() for module in (argparse.__file__, multiprocessing.__file__))
+    tokens = model.tokenize(source)
+    return [tokens[i % len(tokens)] for i in range(n_tokens)]
 
 
 def read(prefilled: Prefilled, tokens: Sequence[int]) -> None:
@@ -232,56 +237,60 @@ def synthetic_model(n_layer: int) -> Path:
     return path
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "uncut": {},
+    "cut": {"prefill": "by-batch"},
+    "cut, read by layer": {"prefill": "by-layer"},
+}
+"""How a prompt is read: the settings of a runtime, which has a budget where there are any."""
+
+
 def memory(options: argparse.Namespace) -> list[Row]:
-    """KV bytes and resident memory of a new process, before and after the cut."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure_memory, options).result()
-
-
-def measure_memory(options: argparse.Namespace) -> list[Row]:
-    """Return a row for each stage of a request; to be run in a process of its own."""
+    """The peak of a process that reads a prompt and answers, and the time that it takes to the first token."""
     rows: list[Row] = []
-
-    def stage(name: str, *caches: tuple[Context, int]) -> None:
-        sizes = [shiftkv.cache_size(context) or 0 for context, _ in caches]
-        used = sum(size * n // context.n_ctx for size, (context, n) in zip(sizes, caches, strict=True))
-        total, anonymous = resident()
-        rows.append(
+    path = options.model or synthetic_model(options.layers)
+    for n_prompt in options.tokens:
+        peaks: dict[str, list[float]] = {way: [] for way in WAYS}
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for i in range(options.rounds):
+            for way in list(WAYS)[:: 1 if i % 2 == 0 else -1]:
+                settings = {**WAYS[way], "kv_budget": options.budget} if WAYS[way] else {}
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    peak, taken = pool.submit(measure_memory, path, n_prompt, options.threads, settings).result()
+                peaks[way].append(peak)
+                seconds[way].append(taken)
+        rows += [
             {
-                "Stage": name,
-                "KV pairs, MiB": f"{used / MIB:.1f}",
-                "KV caches, MiB": f"{sum(sizes) / MIB:.1f}",
-                "Resident, MiB": f"{total / MIB:.0f}",
-                "Of it not mapped files, MiB": f"{anonymous / MIB:.0f}",
+                "Prompt tokens": n_prompt,
+                "Cache": way,
+                "Peak, MiB": f"{np.median(peaks[way]) / MIB:.0f}",
+                "Peak / uncut": f"{np.median(np.divide(peaks[way], peaks['uncut'])):.3f}",
+                "First token, s": f"{np.median(seconds[way]):.2f}",
+                "First token / cut": ratio(seconds[way], seconds["cut"]),
+                ROUNDS: {"peak": peaks[way], "seconds": seconds[way]},
             }
-        )
-
-    n_prompt, budget = options.tokens, options.budget
-    chosen = method(DEFAULT_METHOD)
-    with closing(Bench(options.model, options.threads)) as bench, ExitStack() as decoding:
-        tokens = bench.prompt(n_prompt)
-        stage("Model loaded")
-        with bench.reading(n_prompt, chosen.n_query) as prefilled:
-            read(prefilled, tokens)
-            large = prefilled.context
-            stage(f"{n_prompt} tokens read", (large, n_prompt))
-            prefilled.select(chosen, budget)
-            small = decoding.enter_context(bench.handed_over(prefilled, budget))
-            stage(f"{budget} pairs handed over", (large, n_prompt), (small, budget))
-        stage("Large context freed", (small, budget))
-        decode_block(small, n_prompt, tokens[0], ROOM)
-        stage(f"{ROOM} tokens decoded", (small, budget + ROOM))
+            for way in WAYS
+        ]
     return rows
 
 
-def resident() -> tuple[int, int]:
-    """The bytes of this process in memory: all, and those that are no mapped files' (as the GGUF's)."""
+def measure_memory(path: Path, n_prompt: int, n_threads: int, settings: dict[str, Any]) -> tuple[int, float]:
+    """Return the peak in bytes, and the seconds to the first token; to be run in a process of its own."""
+    n_ctx = n_prompt + 2 * ROOM  # a text that is tokenized again may have some tokens more
+    with Runtime(path, n_gpu_layers=0, n_threads=n_threads, n_ctx=n_ctx, **settings) as runtime:
+        model = runtime.engine.model
+        text = b"".join(model.piece(token) for token in first_tokens(model, n_prompt)).decode(errors="ignore")
+        figures = runtime.generate(text, raw=True, max_tokens=ROOM // 4).figures
+    return resident("VmHWM"), figures.prefill_s + figures.selection_s
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory: RssAnon those that are no mapped files', VmHWM the peak of all."""
     status = Path("/proc/self/status")
     if not status.exists():
-        raise SystemExit("bench_kv.py memory: needs Linux, whose /proc tells resident memory")
+        raise SystemExit("this needs Linux, whose /proc tells resident memory")
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    total, anonymous = (1024 * int(fields[name].split()[0]) for name in ("VmRSS", "RssAnon"))
-    return total, anonymous
+    return 1024 * int(fields[what].split()[0])
 
 
 def ratio(over: Sequence[float], under: Sequence[float], *, percent: bool = False) -> str:
@@ -333,14 +342,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--rounds", type=int, default=15)
     add_clock_and_device(command)
 
-    command = add(memory, required=True, help="a GGUF file")
+    command = add(memory, help="a GGUF file (random weights)")
     command.set_defaults(clock=time.perf_counter)
-    command.add_argument("--tokens", type=int, default=4096, help="of the prompt (4096)")
+    command.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32000], help="of the prompts")
+    command.add_argument("--layers", type=int, default=8, help="of the model with random weights (8)")
+    command.add_argument("--rounds", type=int, default=1)
 
     options = parser.parse_args(arguments)
     if options.clock is time.process_time:
         options.threads = 1
-    lengths = options.tokens if isinstance(options.tokens, list) else [options.tokens]
+    lengths = options.tokens
     if not 2 <= options.budget < min(lengths):
         parser.error("the budget has to be 2 or more, and below the prompts' lengths")
     if options.command == "decode" and min(lengths) <= REFERENCE_TOKENS:

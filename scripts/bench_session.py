@@ -121,12 +121,12 @@ def memory(arguments: argparse.Namespace) -> list[Row]:
             with runtime.session(**page) as session:  # warm up
                 session.cut(arguments.cut)
                 session.ask(QUESTIONS[0], max_tokens=1)
-            _, before = resident()
+            before = resident("RssAnon")
             for _ in range(arguments.pages):
                 session = pages.enter_context(runtime.session(**page))
                 if cut:
                     session.cut(cut)
-            _, after = resident()
+            after = resident("RssAnon")
         rows.append(
             {
                 "Pages": arguments.pages,

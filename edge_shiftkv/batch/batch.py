@@ -178,6 +178,10 @@ class Many:
 
     def _in_slot(self, opened: _Opened, beginning: Beginning, started: float) -> tuple[Begun, int]:
         engine, budget = self._engine, opened.budget
+        if budget is not None and self._requests.by_layer:
+            context, slot = self._slots.reserve(self._n_cells(opened)), self._slots.free
+            assert slot is not None
+            return self._requests.begin_by_layer(opened.prompt, budget, beginning, started, context, slot), slot
         n_query = opened.request.kv_method.n_query if budget is not None else int(engine.can_cut)
         prefilled = self._kept.read(opened.prompt, n_query, self._requests.report)
         begun = begin(opened.prompt, prefilled, beginning, started)

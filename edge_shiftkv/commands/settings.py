@@ -17,7 +17,7 @@ from edge_shiftkv.selection.methods import DEFAULT_METHOD
 from edge_shiftkv.session_file import file_hash
 from edge_shiftkv.speculative.options import DraftOptions
 
-_MACHINE = ("n_threads", "n_gpu_layers", "image_root", "allow_http", "draft", "draft_options")
+_MACHINE = ("n_threads", "n_gpu_layers", "prefill", "image_root", "allow_http", "draft", "draft_options")
 
 
 def allow_http(arguments: argparse.Namespace) -> AllowHttp:
@@ -42,6 +42,7 @@ def runtime_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "mmproj": mmproj,
         "kv_budget": arguments.kv_budget,
         "kv_method": arguments.kv_method,
+        "prefill": arguments.prefill,
         "n_ctx": arguments.n_ctx,
         "type_k": arguments.type_k,
         "type_v": arguments.type_v,

@@ -26,6 +26,9 @@ SPARE = 128
 
 Floats = npt.NDArray[np.float32]
 
+Embedded = dict[Item, Floats]
+"""Pictures' embeddings by their item in the prompt."""
+
 
 def prefill_batch(prompt: Prompt | Continued, projector: Projector | None) -> int:
     """The batch size a context is to have for `prompt`."""
@@ -75,13 +78,20 @@ class ScoringMethod(Protocol):
 class Captured:
     """What a method written in Python sees of a prompt.
 
-    layers: the model layers that are cut, ascending.
+    layers: the model layers that are cut, ascending; one at a time where a prompt is read layer by layer.
     n_tokens: tokens of the prompt.
     image_spans: where its visual tokens are.
     """
 
-    def __init__(self, context: Context, n_tokens: int, image_spans: Sequence[ImageSpan], n_query: int) -> None:
-        self.layers = shiftkv.layers(context)
+    def __init__(
+        self,
+        context: Context,
+        n_tokens: int,
+        image_spans: Sequence[ImageSpan],
+        n_query: int,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        self.layers = shiftkv.layers(context) if layers is None else list(layers)
         self.n_tokens = n_tokens
         self.image_spans = tuple(image_spans)
         self._context = context
@@ -134,12 +144,19 @@ class Prefilled:
     """
 
     def __init__(
-        self, context: Context, projector: Projector | None = None, *, n_query: int = 0, n_spare: int = 0
+        self,
+        context: Context,
+        projector: Projector | None = None,
+        *,
+        n_query: int = 0,
+        n_spare: int = 0,
+        embedded: Embedded | None = None,
     ) -> None:
         """Begin in an empty context.
 
         n_query: queries of each layer to capture, 1 to 512, which `select` needs; 0 captures nothing.
         n_spare: others to capture, so that those before may still be there after one went back so many tokens.
+        embedded: pictures that need not be encoded; those that are, are added.
 
         Raises ShiftKVError for a model whose KV pairs cannot be selected.
         """
@@ -148,6 +165,7 @@ class Prefilled:
         self.image_spans: list[ImageSpan] = []
         self.image_encode_s = 0.0
         self._projector = projector
+        self._embedded = embedded
         self.n_query = n_query
         self._items: list[Item] = []
         self._after: list[tuple[int, int]] = []  # tokens and position after each item
@@ -294,7 +312,11 @@ class Prefilled:
     def _read_image(self, chunk: ImageChunk, item: Item) -> Iterator[None]:
         assert self._projector
         started = time.perf_counter()
-        embeddings = self._projector.embed(chunk, str(item))
+        embeddings = None if self._embedded is None else self._embedded.get(item)
+        if embeddings is None:
+            embeddings = self._projector.embed(chunk, str(item))
+            if self._embedded is not None:
+                self._embedded[item] = embeddings = embeddings.copy()
         self.image_encode_s += time.perf_counter() - started
         position = self._projector.decode(self.context, chunk, embeddings, self.position)
         self._batches[len(self._items)] = len(self._items) + 1

@@ -108,6 +108,11 @@ class Model(Handle):
         return int(llama.llama_model_n_ctx_train(self.pointer))
 
     @cached_property
+    def n_layer(self) -> int:
+        """How many layers it has."""
+        return int(llama.llama_model_n_layer(self.pointer))
+
+    @cached_property
     def has_kv_cache(self) -> bool:
         """Whether all that the model remembers are KV pairs of tokens; other memories do not grow with the prompt."""
         return not (llama.llama_model_is_recurrent(self.pointer) or llama.llama_model_is_hybrid(self.pointer))
@@ -296,12 +301,16 @@ class Context(Handle):
         if not llama.llama_get_memory(self.pointer):
             self.close()
             raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
-        self.n_ctx = int(llama.llama_n_ctx_seq(self.pointer))
+        self.resized()
         self.n_batch = int(llama.llama_n_batch(self.pointer))
         self.interrupt = interrupt or Interrupt()
         self.interrupt.watch(self.pointer)
         self.n_outputs = min(n_outputs, self.n_batch)
         self.model = model
+
+    def resized(self) -> None:
+        """Learn how many tokens the cache has room for now."""
+        self.n_ctx = int(llama.llama_n_ctx_seq(self.pointer))
 
     def clear(self) -> None:
         """Empty the KV cache."""

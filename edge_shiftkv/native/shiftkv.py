@@ -99,6 +99,11 @@ _capture_end = _function("capture_end", ctypes.c_int32, _context)
 _select = _function("select", ctypes.c_int32, _context, ctypes.POINTER(Params))
 _select_scores = _function("select_scores", ctypes.c_int32, _context, ctypes.POINTER(Params), _floats, ctypes.c_size_t)
 _compact = _function("compact", ctypes.c_int32, _context, _context, llama.llama_seq_id)
+_by_layer = _function("by_layer", ctypes.c_int32, _context, ctypes.c_uint32, ctypes.c_uint32)
+_next_layer = _function(
+    *("next_layer", ctypes.c_int32, _context, ctypes.POINTER(Params), _floats, ctypes.c_size_t),
+    *(_context, llama.llama_seq_id),
+)
 _get_info = _function("get_info", ctypes.c_int32, _context, ctypes.POINTER(Info))
 _get_layers = _function("get_layers", ctypes.c_int32, _context, _ints, ctypes.c_size_t)
 _get_shape = _function("get_shape", ctypes.c_int32, _context, ctypes.c_int32, _ints)
@@ -166,6 +171,39 @@ def compact(context: Context, destination: Context, sequence: int = 0) -> int:
     )
     # A picture at the end of the prompt takes more positions in M-RoPE than its tokens say.
     return info(context).n_past
+
+
+def by_layer(context: Context, n_ctx: int, n_query: int = 1) -> None:
+    """Give a new context a cache of `n_ctx` tokens for one layer: it then decodes through one layer after the other.
+
+    n_query: as for `capture`.
+
+    Raises ShiftKVError; the context can only be closed then.
+    """
+    _check("prompts of this model cannot be read layer by layer", _by_layer, context.pointer, n_ctx, n_query)
+    context.resized()
+
+
+def next_layer(
+    context: Context,
+    params: Params,
+    destination: Context,
+    sequence: int = 0,
+    scores: npt.ArrayLike | None = None,
+) -> int:
+    """Select of the layer that a prompt was read through, hand over, and go on to the next; return how many are left.
+
+    scores: in place of a method, as in `select_scores`: [n_head_kv, n_prompt].
+
+    Raises ShiftKVError.
+    """
+    flat = None if scores is None else np.ascontiguousarray(scores, np.float32).ravel()
+    return _check(
+        "the KV pairs of a layer could not be selected and handed over",
+        *(_next_layer, context.pointer, ctypes.byref(params)),
+        *((None, 0) if flat is None else (flat.ctypes.data_as(_floats), flat.size)),
+        *(destination.pointer, sequence),
+    )
 
 
 def info(context: Context) -> Info:

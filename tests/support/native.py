@@ -62,6 +62,8 @@ c_capture_end = c_function("capture_end", _i32, _pointer)
 c_select = c_function("select", _i32, _pointer, _pointer)
 c_select_scores = c_function("select_scores", _i32, _pointer, _pointer, _pointer, _size)
 c_compact = c_function("compact", _i32, _pointer, _pointer, _i32)
+c_by_layer = c_function("by_layer", _i32, _pointer, _u32, _u32)
+c_next_layer = c_function("next_layer", _i32, _pointer, _pointer, _pointer, _size, _pointer, _i32)
 c_n_query = c_function("n_query", _i32, _pointer)
 c_get_info = c_function("get_info", _i32, _pointer, _pointer)
 c_get_layers = c_function("get_layers", _i32, _pointer, _pointer, _size)
@@ -302,6 +304,18 @@ class Context:
     def compact(self, destination: Context | None = None, seq: int = 0) -> int:
         """llama_shiftkv_compact()."""
         status: int = c_compact(self.pointer, (destination or self).pointer, seq)
+        return status
+
+    def by_layer(self, n_ctx: int = 512, n_query: int = 1) -> int:
+        """llama_shiftkv_by_layer()."""
+        status: int = c_by_layer(self.pointer, n_ctx, n_query)
+        return status
+
+    def next_layer(self, settings: Params, destination: Context, seq: int = 0, scores: Array | None = None) -> int:
+        """llama_shiftkv_next_layer()."""
+        flat = None if scores is None else np.ascontiguousarray(scores, np.float32)
+        given = (None, 0) if flat is None else (flat.ctypes.data, flat.size)
+        status: int = c_next_layer(self.pointer, ctypes.addressof(settings), *given, destination.pointer, seq)
         return status
 
     def info(self) -> Info:

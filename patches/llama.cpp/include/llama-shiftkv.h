@@ -144,6 +144,29 @@ LLAMA_API int32_t llama_shiftkv_select_scores(struct llama_context * ctx, const 
 // Errors: ARGUMENT, NO_SELECTION, STALE, MISMATCH, NO_SPACE, COMPUTE.
 LLAMA_API int32_t llama_shiftkv_compact(struct llama_context * ctx, struct llama_context * ctx_dst, llama_seq_id seq_dst);
 
+// Prefill layer by layer, so that of all the prompt's KV pairs only one layer's exist at a time, and what is selected of the others:
+//
+//   llama_shiftkv_by_layer(ctx, n_ctx, llama_shiftkv_n_query(&params)); // a new context, made with as many cells as it decodes at once
+//   do {
+//       llama_decode(ctx, ...);                                         // the prompt, for each layer with the same calls
+//   } while (llama_shiftkv_next_layer(ctx, &params, NULL, 0, ctx_dst, seq_dst) > 0);
+//
+// What is computed is what llama_shiftkv_select() and llama_shiftkv_compact() go by, and the logits of the last calls are those of the
+// whole model. In between the prompt is n_ctx x n_embd numbers. The results can be read as those of a selection.
+
+// Give a context that nothing was decoded in, of one sequence, a cache of n_ctx cells for one layer. From then on each llama_decode()
+// takes the tokens through one layer only, the first, and captures as llama_shiftkv_capture() does.
+// Errors: ARGUMENT (also for a context that captures), UNSUPPORTED (also for layers with sliding windows, and those that read more than
+// what the one before makes), COMPUTE.
+LLAMA_API int32_t llama_shiftkv_by_layer(struct llama_context * ctx, uint32_t n_ctx, uint32_t n_query);
+
+// Select of the layer that was read, copy what is kept into seq_dst of ctx_dst, and go on to the next one with an empty cache. Returns how
+// many layers are still to be read. The destination is the same for each, and holds the sequence after the last one, as after
+// llama_shiftkv_compact(). scores: null, or the caller's, of this layer only, as for llama_shiftkv_select_scores(). params.n_prompt: 0.
+// After an error nothing can be gone on with.
+// Errors: ARGUMENT, NOT_CAPTURING, EMPTY, STALE (also where the layer was not given all tokens), MISMATCH, NO_SPACE, COMPUTE.
+LLAMA_API int32_t llama_shiftkv_next_layer(struct llama_context * ctx, const struct llama_shiftkv_params * params, const float * scores, size_t n_scores, struct llama_context * ctx_dst, llama_seq_id seq_dst);
+
 // The last selection, in numbers. Errors: ARGUMENT, NO_SELECTION.
 LLAMA_API int32_t llama_shiftkv_get_info(struct llama_context * ctx, struct llama_shiftkv_info * info);
 

@@ -104,6 +104,11 @@ void llama_shiftkv_cache::claim(llama_seq_id seq, const std::vector<uint32_t> & 
     }
 }
 
+bool llama_shiftkv_cache::are_empty(llama_seq_id seq, const std::vector<uint32_t> & idxs) const {
+    const auto & all = kv->get_cells(seq);
+    return std::all_of(idxs.begin(), idxs.end(), [&](uint32_t idx) { return all.is_empty(idx); });
+}
+
 void llama_shiftkv_cache::put(llama_seq_id seq, const std::vector<uint32_t> & idxs, const std::vector<meta> & metas) {
     auto & all = kv->v_cells[kv->get_stream(seq)];
 
@@ -116,6 +121,14 @@ void llama_shiftkv_cache::put(llama_seq_id seq, const std::vector<uint32_t> & id
 
 size_t llama_shiftkv_cache::n_layer() const {
     return kv->layers.size();
+}
+
+std::map<uint32_t, size_t> llama_shiftkv_cache::ikvs() const {
+    return { kv->map_layer_ids.begin(), kv->map_layer_ids.end() };
+}
+
+size_t llama_shiftkv_cache::ikv(uint32_t il) const {
+    return kv->map_layer_ids.at(il);
 }
 
 uint32_t llama_shiftkv_cache::il(size_t ikv) const {
@@ -159,16 +172,49 @@ bool llama_shiftkv_cache::is_shared() const {
     return kv->other != nullptr;
 }
 
+std::unique_ptr<llama_kv_cache> llama_shiftkv_cache::one_layer(const llama_model & model, uint32_t n_cells, bool offload) const {
+    // layer -> the first one of its shape and device
+    std::map<uint32_t, uint32_t> first;
+    for (const auto & [il, ikv] : ikvs()) {
+        first[il] = il;
+        for (const auto & [other, ikv_other] : ikvs()) {
+            const auto & a = kv->layers[ikv];
+            const auto & b = kv->layers[ikv_other];
+            if (kv->hparams.n_head_kv(il) == kv->hparams.n_head_kv(other) && a.k->ne[0] == b.k->ne[0] && a.v->ne[0] == b.v->ne[0] && buft(ikv) == buft(ikv_other)) {
+                first[il] = other;
+                break;
+            }
+        }
+    }
+
+    const auto filter = [&](int32_t il) {
+        const auto it = first.find(il);
+        return it != first.end() && it->second == (uint32_t) il;
+    };
+    auto res = std::make_unique<llama_kv_cache>(model, kv->hparams, kv->layers[0].k->type, kv->layers[0].v->type, kv->v_trans, offload, true, n_cells, 1,
+            kv->n_pad, kv->n_swa, kv->swa_type, nullptr, filter, nullptr, nullptr);
+
+    for (const auto & [il, il_first] : first) {
+        res->map_layer_ids[il] = res->map_layer_ids.at(il_first);
+    }
+    return res;
+}
+
 bool llama_shiftkv_cache::same_layout(const llama_shiftkv_cache & other) const {
     const auto & a = *kv;
     const auto & b = *other.kv;
 
-    if (a.layers.size() != b.layers.size() || a.v_trans != b.v_trans || a.attn_rot_k != b.attn_rot_k || a.attn_rot_v != b.attn_rot_v) {
+    if (a.map_layer_ids.size() != b.map_layer_ids.size() || a.v_trans != b.v_trans || a.attn_rot_k != b.attn_rot_k || a.attn_rot_v != b.attn_rot_v) {
         return false;
     }
-    for (size_t i = 0; i < a.layers.size(); ++i) {
-        if (a.layers[i].k->type != b.layers[i].k->type || a.layers[i].v->type != b.layers[i].v->type || a.layers[i].v->ne[0] != b.layers[i].v->ne[0] ||
-            buft(i) != other.buft(i)) {
+    for (const auto & [il, ikv] : ikvs()) {
+        const auto it = b.map_layer_ids.find(il);
+        if (it == b.map_layer_ids.end()) {
+            return false;
+        }
+        const auto & x = a.layers[ikv];
+        const auto & y = b.layers[it->second];
+        if (x.k->type != y.k->type || x.v->type != y.v->type || x.v->ne[0] != y.v->ne[0] || buft(ikv) != other.buft(it->second)) {
             return false;
         }
     }

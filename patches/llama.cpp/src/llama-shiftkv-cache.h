@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <vector>
 
 // A KV cache as the selection sees it. Its file is the only one of ours that looks inside llama_kv_cache
@@ -51,10 +52,13 @@ struct llama_shiftkv_cache {
 
     // remove the sequence, and whatever else the cells hold; then, when their keys and values are there, let it hold them
     void claim(llama_seq_id seq, const std::vector<uint32_t> & idxs);
+    bool are_empty(llama_seq_id seq, const std::vector<uint32_t> & idxs) const;
     void put  (llama_seq_id seq, const std::vector<uint32_t> & idxs, const std::vector<meta> & metas);
 
     // of the layers, by index in the cache
     size_t   n_layer()       const;
+    std::map<uint32_t, size_t> ikvs() const; // of each layer of the model that has one; several may share theirs
+    size_t   ikv(uint32_t il) const;
     uint32_t il(size_t ikv)  const;
     int64_t  n_head(size_t ikv) const;
     int64_t  n_embd_head_k(size_t ikv) const;
@@ -71,6 +75,10 @@ struct llama_shiftkv_cache {
 
     // whether it stands for another context's
     bool is_shared() const;
+
+    // another like it, with n_cells cells of one sequence in which layers of the same shape and device take the same place.
+    // throws as llama_kv_cache does
+    std::unique_ptr<llama_kv_cache> one_layer(const llama_model & model, uint32_t n_cells, bool offload) const;
 
     // whether rows may be copied between the two
     bool same_layout(const llama_shiftkv_cache & other) const;

@@ -104,10 +104,10 @@ int32_t llama_shiftkv_prefill::init() {
         return unsupported("a KV cache shared with another context");
     }
 
-    for (size_t ikv = 0; ikv < cache.n_layer(); ++ikv) {
+    for (const auto & [il, ikv] : cache.ikvs()) {
         llama_shiftkv_layer l;
 
-        l.il            = cache.il(ikv);
+        l.il            = il;
         l.ikv           = ikv;
         l.n_head        = hparams.n_head(l.il);
         l.n_head_kv     = cache.n_head(ikv);
@@ -123,7 +123,6 @@ int32_t llama_shiftkv_prefill::init() {
 
         layers.push_back(std::move(l));
     }
-    std::sort(layers.begin(), layers.end(), [](const auto & a, const auto & b) { return a.il < b.il; });
 
     if (layers.empty()) {
         return unsupported("a model with sliding-window layers only");
@@ -148,6 +147,15 @@ bool llama_shiftkv_prefill::alloc_buffers(uint32_t n_query) {
                 /*.no_alloc   =*/ true,
             };
             ctx0.reset(ggml_init(params));
+        }
+
+        // layers that take the same place one after the other need one
+        const auto same = std::find_if(layers.begin(), layers.end(), [&](const auto & o) { return o.ikv == l.ikv && o.n_head == l.n_head && o.stats; });
+        if (same != layers.end()) {
+            l.stats   = same->stats;
+            l.hidden  = same->hidden;
+            l.queries = same->queries;
+            continue;
         }
 
         l.stats   = ggml_new_tensor_2d(ctx0.get(), GGML_TYPE_F32, 2, n_cells);
@@ -270,7 +278,7 @@ llm_graph_cb llama_shiftkv_prefill::graph_cb(llm_graph_cb next, llm_graph_result
 void llama_shiftkv_prefill::capture_layer(const llama_ubatch & ubatch, ggml_tensor * kqv_out, int il,
         llm_graph_result * res, const llama_memory_context_i * mctx, llm_graph_input_shiftkv *& inp) {
     const auto * found = find_layer(il);
-    if (found == nullptr || !error.empty()) {
+    if (found == nullptr || !error.empty() || (only >= 0 && il != only)) {
         return;
     }
     auto * l = &layers[found - layers.data()];

@@ -79,6 +79,7 @@ struct llama_shiftkv_prefill {
     bool         ready   = false; // has been on: the layers are known
     llama_seq_id seq_id  = -1;
     uint32_t     n_query = 0;     // rows of the query rings
+    int32_t      only    = -1;    // the only layer that is captured, or -1
 
     std::vector<llama_shiftkv_layer> layers; // in the order of the model's layers
     std::string                      error;  // why a layer can't be captured, set while a graph is built

@@ -133,7 +133,7 @@ static void move_cols_host(ggml_tensor * src, ggml_tensor * dst, size_t d, const
     });
 }
 
-bool llama_shiftkv::move_layer(const llama_shiftkv_cache & src, llama_seq_id seq_src, const llama_shiftkv_cache & dst, llama_seq_id seq_dst, size_t ikv,
+bool llama_shiftkv::move_layer(const llama_shiftkv_cache & src, llama_seq_id seq_src, size_t ikv_src, const llama_shiftkv_cache & dst, llama_seq_id seq_dst, size_t ikv_dst,
         const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells) {
     const int64_t n_head_kv = idxs.size();
     const int64_t n         = dst_cells.size();
@@ -145,13 +145,13 @@ bool llama_shiftkv::move_layer(const llama_shiftkv_cache & src, llama_seq_id seq
     const int32_t c0 = cell_range(idxs).first;
     const int32_t c1 = cell_range(idxs).second;
 
-    ggml_tensor * k_src = src.k(ikv, seq_src);
-    ggml_tensor * v_src = src.v(ikv, seq_src);
-    ggml_tensor * k_dst = dst.k(ikv, seq_dst);
-    ggml_tensor * v_dst = dst.v(ikv, seq_dst);
+    ggml_tensor * k_src = src.k(ikv_src, seq_src);
+    ggml_tensor * v_src = src.v(ikv_src, seq_src);
+    ggml_tensor * k_dst = dst.k(ikv_dst, seq_dst);
+    ggml_tensor * v_dst = dst.v(ikv_dst, seq_dst);
 
-    const int64_t d_k     = src.n_embd_head_k(ikv);
-    const int64_t d_v     = src.n_embd_head_v(ikv);
+    const int64_t d_k     = src.n_embd_head_k(ikv_src);
+    const int64_t d_v     = src.n_embd_head_v(ikv_src);
     const bool    v_trans = src.v_trans();
 
     size_t n_run = 0;
@@ -344,7 +344,7 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
 
         // the graph reads all that it needs of a layer before it writes, so source and destination may overlap
         for (size_t ikv = 0; ikv < m.idxs.size(); ++ikv) {
-            if (!move_layer(m.src, sel.seq_id, m.dst, seq_dst, ikv, m.idxs[ikv], m.cells_dst)) {
+            if (!move_layer(m.src, sel.seq_id, ikv, m.dst, seq_dst, ikv, m.idxs[ikv], m.cells_dst)) {
                 return LLAMA_SHIFTKV_ERR_COMPUTE;
             }
         }

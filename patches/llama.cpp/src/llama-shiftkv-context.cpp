@@ -2,6 +2,7 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache.h"
 
 #include <algorithm>
 
@@ -29,6 +30,15 @@ void llama_shiftkv_context::update() {
     lctx.synchronize();
     lctx.sched_reserve();
     lctx.memory_update(false);
+}
+
+void llama_shiftkv_context::set_memory(std::unique_ptr<llama_kv_cache> memory, uint32_t n_ctx) {
+    lctx.synchronize();
+    drop_graph();
+    lctx.memory = std::move(memory);
+    lctx.cparams.n_ctx = lctx.cparams.n_ctx_seq = n_ctx;
+    lctx.graph_reuse_disable = true;
+    lctx.sched_need_reserve  = true;
 }
 
 bool llama_shiftkv_context::compute(const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set) {

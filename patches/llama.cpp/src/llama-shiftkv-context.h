@@ -2,8 +2,11 @@
 
 #include "ggml.h"
 
+#include <cstdint>
 #include <functional>
+#include <memory>
 
+class  llama_kv_cache;
 struct llama_context;
 
 // A context as the selection uses it. Its file is the only one of ours that looks inside llama_context
@@ -21,6 +24,9 @@ struct llama_shiftkv_context {
 
     // wait for what runs, and apply what is pending in the memory (shifts, copies)
     void update();
+
+    // another cache of n_ctx cells in place of the memory, for graphs that are built anew each time
+    void set_memory(std::unique_ptr<llama_kv_cache> memory, uint32_t n_ctx);
 
     // run a graph that is no forward pass of the model: build(ctx, gf), then after allocation set(), then compute
     bool compute(const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set);

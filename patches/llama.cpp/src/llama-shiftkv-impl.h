@@ -3,6 +3,7 @@
 #include "llama-shiftkv.h"
 
 #include "llama-shiftkv-capture.h"
+#include "llama-shiftkv-layers.h"
 
 #include <vector>
 
@@ -24,7 +25,8 @@ struct llama_shiftkv {
     llama_shiftkv(llama_context & lctx) : capture(lctx) {}
 
     // llama-shiftkv-select.cpp
-    int32_t select(const llama_shiftkv_params & params, const float * scores, size_t n_scores); // scores: null, or the caller's
+    // scores: null, or the caller's; il: the only layer that is ranked, or -1
+    int32_t select(const llama_shiftkv_params & params, const float * scores, size_t n_scores, int32_t il = -1);
 
     // n_proxy*n_embd standard normal numbers
     const std::vector<float> & get_noise(uint32_t seed, uint32_t n_proxy);
@@ -32,17 +34,24 @@ struct llama_shiftkv {
     // llama-shiftkv-compact.cpp
     int32_t compact(llama_context & dst, llama_seq_id seq_dst);
 
+    // what is to be computed of a graph of the model
+    ggml_cgraph * graph(ggml_cgraph * gf, llm_graph_result & res, const llama_ubatch & ubatch) {
+        return gf && layers ? layers->window(gf, res, ubatch) : gf;
+    }
+
+    // idxs: per KV head, cells of src that go to dst_cells
+    bool move_layer(const llama_shiftkv_cache & src, llama_seq_id seq_src, size_t ikv_src, const llama_shiftkv_cache & dst, llama_seq_id seq_dst, size_t ikv_dst,
+            const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells);
+
     llama_shiftkv_prefill capture;
+
+    std::unique_ptr<llama_shiftkv_layers> layers; // of a context that reads layer by layer, else null
 
     selection sel;
     bool      selected = false;
 
 private:
     int32_t select_layer(size_t i_layer, const llama_shiftkv_params & params, const float * scores);
-
-    // idxs: per KV head, cells of src that go to dst_cells
-    bool    move_layer(const llama_shiftkv_cache & src, llama_seq_id seq_src, const llama_shiftkv_cache & dst, llama_seq_id seq_dst, size_t ikv,
-            const std::vector<std::vector<int32_t>> & idxs, const std::vector<uint32_t> & dst_cells);
 
     std::vector<float> noise; // of the last selection that drew any, with its seed
     uint32_t noise_seed = 0;

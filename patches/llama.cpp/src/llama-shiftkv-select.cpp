@@ -45,7 +45,7 @@ const std::vector<float> & llama_shiftkv::get_noise(uint32_t seed, uint32_t n_pr
     return noise;
 }
 
-int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float * scores, size_t n_scores) {
+int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float * scores, size_t n_scores, int32_t il) {
     const auto * rule = llama_shiftkv_get_rule(params.method);
 
     if (params.budget < 2 || params.n_recent < 1 || params.n_pool % 2 != 1 || params.n_pool > SHIFTKV_POOL_MAX) {
@@ -84,7 +84,7 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float *
     if (scores) {
         size_t n = 0;
         for (const auto & l : layers) {
-            n += l.n_head_kv*n_prompt;
+            n += il < 0 || l.il == il ? l.n_head_kv*n_prompt : 0;
         }
         if (n_scores != n || std::any_of(scores, scores + n, [](float v) { return std::isnan(v); })) {
             return LLAMA_SHIFTKV_ERR_ARGUMENT;
@@ -140,6 +140,9 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float *
     }
 
     for (size_t i = 0; i < layers.size() && status == LLAMA_SHIFTKV_OK; ++i) {
+        if (il >= 0 && layers[i].il != il) {
+            continue;
+        }
         status = select_layer(i, params, scores);
         if (scores) {
             scores += layers[i].n_head_kv*n_prompt;

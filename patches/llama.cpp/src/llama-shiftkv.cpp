@@ -35,6 +35,11 @@ static llama_shiftkv * get_selected(const llama_context * ctx) {
     return ctx->shiftkv && ctx->shiftkv->selected ? ctx->shiftkv.get() : nullptr;
 }
 
+static int32_t reads_by_layer(const char * name) {
+    LLAMA_LOG_ERROR("%s: the context reads layer by layer: use llama_shiftkv_next_layer()\n", name);
+    return LLAMA_SHIFTKV_ERR_UNSUPPORTED;
+}
+
 const char * llama_shiftkv_status_str(int32_t status) {
     switch (status) {
         case LLAMA_SHIFTKV_ERR_ARGUMENT:      return "a pointer is null or a parameter is out of range";
@@ -101,6 +106,9 @@ int32_t llama_shiftkv_capture(llama_context * ctx, llama_seq_id seq_id, uint32_t
     return guarded(__func__, [&]() -> int32_t {
         ctx->synchronize();
 
+        if (ctx->shiftkv && ctx->shiftkv->layers) {
+            return reads_by_layer(__func__);
+        }
         if (!ctx->shiftkv) {
             auto skv = std::make_unique<llama_shiftkv>(*ctx);
             const int32_t status = skv->capture.init();
@@ -129,6 +137,9 @@ int32_t llama_shiftkv_capture_end(llama_context * ctx) {
 static int32_t select(const char * name, llama_context * ctx, const llama_shiftkv_params & params, const float * scores, size_t n_scores) {
     return guarded(name, [&]() -> int32_t {
         auto * skv = get_capturing(ctx);
+        if (skv && skv->layers) {
+            return reads_by_layer(name);
+        }
         return skv ? skv->select(params, scores, n_scores) : LLAMA_SHIFTKV_ERR_NOT_CAPTURING;
     });
 }
@@ -153,7 +164,39 @@ int32_t llama_shiftkv_compact(llama_context * ctx, llama_context * ctx_dst, llam
     }
     return guarded(__func__, [&]() -> int32_t {
         auto * skv = get_selected(ctx);
+        if (skv && skv->layers) {
+            return reads_by_layer("llama_shiftkv_compact");
+        }
         return skv ? skv->compact(*ctx_dst, seq_dst) : LLAMA_SHIFTKV_ERR_NO_SELECTION;
+    });
+}
+
+int32_t llama_shiftkv_by_layer(llama_context * ctx, uint32_t n_ctx, uint32_t n_query) {
+    if (ctx == nullptr || n_ctx < 1 || n_query < 1 || n_query > SHIFTKV_QUERY_MAX || ctx->shiftkv) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    const int32_t status = guarded(__func__, [&]() -> int32_t {
+        ctx->synchronize();
+        ctx->shiftkv = std::make_unique<llama_shiftkv>(*ctx);
+        ctx->shiftkv->layers = std::make_unique<llama_shiftkv_layers>(*ctx->shiftkv);
+        return ctx->shiftkv->layers->init(n_ctx, n_query);
+    });
+    if (status != LLAMA_SHIFTKV_OK && ctx->shiftkv && !(ctx->shiftkv->layers && ctx->shiftkv->layers->begun())) {
+        ctx->shiftkv.reset();
+    }
+    return status;
+}
+
+int32_t llama_shiftkv_next_layer(llama_context * ctx, const llama_shiftkv_params * params, const float * scores, size_t n_scores, llama_context * ctx_dst, llama_seq_id seq_dst) {
+    if (ctx == nullptr || params == nullptr || ctx_dst == nullptr || seq_dst < 0 || (uint32_t) seq_dst >= ctx_dst->n_seq_max()) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    return guarded(__func__, [&]() -> int32_t {
+        if (!ctx->shiftkv || !ctx->shiftkv->layers) {
+            return LLAMA_SHIFTKV_ERR_NOT_CAPTURING;
+        }
+        ctx->synchronize();
+        return ctx->shiftkv->layers->next(*params, scores, n_scores, *ctx_dst, seq_dst);
     });
 }
 
