@@ -16,6 +16,8 @@ class Machine:
 
     noise: standard deviation of a pass's logarithm.
     far_out: how many of the passes take three times as long.
+    stalls: how often, after each pass, another program begins to run for 20 passes, which take three times as long.
+    at_first: how many times as long a pass over n tokens, or of the draft (0), seems to take when the models are loaded.
     drift: how much slower than at first everything is, after so many tokens.
     """
 
@@ -24,6 +26,8 @@ class Machine:
     reading: float
     noise: float = 0.1
     far_out: float = 0.0
+    stalls: float = 0.0
+    at_first: Callable[[int], float] = lambda _: 1.0
     drift: Callable[[int], float] = lambda _: 1.0
 
     def pass_s(self, n, rng):
@@ -33,6 +37,10 @@ class Machine:
 
 # A pass over 4 tokens takes 2.8 times one over 1, as on few CPU cores; or hardly more, as on a GPU.
 SLOW = Machine((1.0, 1.7, 2.3, 2.8, 3.4, 4.0, 4.6, 5.2, 5.8), draft=0.1, reading=0.02)
+# Kernels that take one, four and eight columns at a time; two cores of a Zen 4 with a draft that costs much, or less.
+COLUMNS = Machine((1.0, 1.4, 1.4, 1.4, 2.0, 2.0, 2.0, 2.0, 3.0), draft=0.1, reading=0.01)
+ZEN = Machine((1.0, 1.05, 1.13, 1.29, 1.26, 1.42, 1.6, 1.77, 2.1), draft=0.3, reading=0.02)
+ZEN_CHEAP = replace(ZEN, draft=0.08, reading=0.01)
 FAST = Machine((1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.12, 1.14, 1.16), draft=0.1, reading=0.002)
 AMX = Machine((1.0, 1.7, 1.7, 1.7, 1.75, 1.9, 1.9, 2.1, 2.2), draft=0.1, reading=0.012)
 
@@ -63,23 +71,24 @@ def run(
     """
     rng = np.random.default_rng(seed)
     length = length or DraftLength(fixed)
-    for n in (1, 3, 5, 9) * 2:
-        length.pass_took(n, machine.pass_s(n, rng))
-    length.read(32, 32 * machine.reading)
-    length.drafted(4, 4 * machine.draft)
-    ratios, lengths, total = [], [], 0
+    for n in (1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9):
+        length.pass_took(n, machine.pass_s(n, rng) * machine.at_first(n))
+    length.read(32, 32 * machine.reading * machine.at_first(0))
+    for _ in range(7):
+        length.drafted(1, machine.draft * machine.at_first(0))
+    ratios, lengths, total, stalled = [], [], 0, 0
     for _ in range(n_answers):
         length.begin()
         n, alone, took, unread = 1, 0.0, 0.0, n_prompt
         while n < n_tokens:
             plan = length.plan(remaining=n_tokens - n, unread=lambda unread=unread: unread)
             chance = agreement(total) if callable(agreement) else agreement
-            drift = machine.drift(total)
+            stalled = max(stalled - 1, 20 * (rng.random() < machine.stalls))
+            drift = machine.drift(total) * (3 if stalled else 1)
             if plan.judge:
                 judged_s = unread * machine.reading * drift
                 asked, agrees = min(n, 15), chance if seems is None else seems
-                foreseen = asked * (agrees + conceit * (1 - agrees))
-                length.judged(Judged(asked, int(rng.binomial(asked, agrees)), foreseen, unread, judged_s))
+                length.judged(Judged(asked, int(rng.binomial(asked, agrees)), unread, judged_s))
                 took, unread = took + judged_s, 0
                 lengths.append(-1)
                 plan = length.plan(remaining=n_tokens - n, unread=lambda unread=unread: unread)
@@ -89,21 +98,20 @@ def run(
                 reading = unread * machine.reading * drift if unread > MOST else 0.0
                 chances = rng.beta(4 * chance, 4 * (1 - chance), k) if 0 < chance < 1 else np.full(k, chance)
                 confidences = chances + conceit * (1 - chances)
-                k = n_true(np.cumprod(confidences) >= plan.enough)  # drafted until it is in doubt
-                n_passes = min(k, len(chances) - 1)
+                k = min(k, 1 + n_true(np.cumprod(confidences) >= plan.enough))  # drafted until it is in doubt
+                n_passes = k - 1
                 model_s = reading + (n_passes + (not reading)) * machine.draft * drift
                 drafted = Drafted(
                     Proposal([0] * k),
                     n_drafted=k,
-                    confidences=confidences[: k + 1].tolist(),
+                    confidences=confidences[:k].tolist(),
                     n_read=unread,
                     n_passes=n_passes,
                     reading_s=reading or machine.draft * drift,
                     model_s=model_s,
                 )
-                if not length.is_worth(drafted):
-                    drafted = replace(drafted, proposal=Proposal())
-                n_proposed = len(drafted.proposal.tokens)
+                n_proposed = length.worth(drafted)
+                drafted = replace(drafted, proposal=Proposal([0] * n_proposed))
                 n_right = n_true(rng.random(k) < chances[:k])
                 round_s, unread = model_s, 0
             lengths.append(k)
@@ -112,7 +120,7 @@ def run(
             round_s += pass_s
             length.passed(drafted, accepted + 1, pass_s=pass_s, round_s=round_s)
             took += round_s
-            alone += (accepted + 1) * machine.passes[0] * drift * (1 + 2 * machine.far_out)
+            alone += (accepted + 1) * machine.passes[0] * drift * (1 + 2 * machine.far_out) * np.exp(machine.noise**2 / 2)
             n += accepted + 1
             total += accepted + 1
             unread += 1 if n_proposed else accepted + 1
