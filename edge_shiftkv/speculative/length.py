@@ -5,11 +5,11 @@ pass over one token. The best n has the highest E(n) / C(n). Time is counted in 
 slows all passes down alike, so that what a pass over several tokens takes is known better by how many plain ones it
 is worth than in seconds. Whether drafts will be accepted differs from answer to answer: where they do not
 seem to pay, the draft model now and then reads what the target wrote without it and is judged by how much of that it
-would have written, which costs a fraction of a pass. A draft ends where it is in doubt, and of what was drafted only
-as much is verified as is worth the longer pass: a draft model's confidence tells quite well how often it is right. All
-that judging and drafting lose is kept below a small share of the time decoding takes, so that a draft which never
-agrees costs no more than that. Measurements may be wrong: see `costs`; those that keep drafts from being used are
-doubted after a while.
+would have written, which costs a fraction of a pass. A draft ends where it is in doubt, and
+one that has little confidence in itself is not verified: a draft model's confidence tells quite well how often it is
+right. All that judging and drafting lose is kept below a small share of the time decoding takes, so that a draft which
+never agrees costs no more than that. Measurements may be wrong: see `costs`; those that keep drafts from being used
+are doubted after a while.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from itertools import accumulate
 from operator import mul
 
 from edge_shiftkv.speculative.costs import PassCosts, Recent
+from edge_shiftkv.speculative.options import MOST_DRAFTED
 from edge_shiftkv.speculative.records import Drafted, Judged
 
 MOST = 8
@@ -58,10 +59,13 @@ class DraftLength:
 
     fixed: the draft length of every round; None plans it, once passes over one token and over several, and the draft
         model's own, were measured.
+
+    most: tokens of the target that are proposed in a round at most.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
         self._fixed = fixed
+        self.most = MOST if fixed is None else MOST_DRAFTED
         self._plain = Recent()  # seconds; everything else is in plain passes
         self._plain_is_doubtful = False
         self._passes = PassCosts(MOST + 1)
@@ -128,21 +132,13 @@ class DraftLength:
         self._accepted += judged.n_agreed
         self._rejected += judged.n - judged.n_agreed
 
-    def worth(self, drafted: Drafted) -> int:
-        """How many of the tokens that a draft proposes are worth the longer pass, by its confidence: the first ones."""
+    def is_worth(self, drafted: Drafted) -> bool:
+        """Whether a draft is worth a pass longer than that of a plain round."""
         n_proposed = len(drafted.proposal.tokens)
-        if self._fixed is not None or not n_proposed:
-            return n_proposed
-        self._proxies_per_token += 0.1 * (n_proposed / drafted.n_drafted - self._proxies_per_token)
-        reach = list(accumulate(drafted.confidences[: drafted.n_drafted], mul))
-        rate = max(1.0, self._rate(drafted.n_drafted))
-        best, most, expected = 0, 0.0, 0.0
-        for n in range(1, min(n_proposed, MOST) + 1):
-            expected += reach[(n * drafted.n_drafted - 1) // n_proposed]
-            gain = expected - rate * (self._pass(1 + n) - 1)
-            if gain > most:
-                best, most = n, gain
-        return best
+        if self._fixed is not None:
+            return n_proposed > 0
+        expected: float = sum(accumulate(drafted.confidences[: drafted.n_drafted], mul))
+        return expected > max(1, self._rate(max(1, drafted.n_drafted))) * (self._pass(1 + n_proposed) - 1)
 
     def pass_took(self, n_tokens: int, seconds: float) -> None:
         """Note that the target took a pass over so many tokens; over one at first."""
@@ -188,12 +184,13 @@ class DraftLength:
         if drafted.n_read >= MOST:
             self._invested += drafted.reading_s / self._plain.value
         self._since_seen = 0
-        n_verified = min(drafted.n_drafted, round(n_proposed / self._proxies_per_token))
+        if n_proposed:
+            self._proxies_per_token += 0.1 * (n_proposed / drafted.n_drafted - self._proxies_per_token)
         self._forget(_MEMORY)
         self._accepted += n_drawn - 1
         self._rejected += n_drawn <= n_proposed
         if n_drawn > n_proposed:  # what else was drafted counts as its confidence says
-            others = list(accumulate(drafted.confidences[n_verified:], mul))
+            others = list(accumulate(drafted.confidences[n_proposed and drafted.n_drafted :], mul))
             self._accepted += sum(others)
             self._rejected += 1 - others[-1] if others else 0
 

@@ -200,11 +200,10 @@ class SpeculativeDecoder:
             started = time.perf_counter()
             plan = self._length.plan(remaining=remaining, unread=lambda: self._draft.unread(self._answer))
         if plan.n_draft:
-            most = min(MOST_DRAFTED, remaining - 1)
+            most = min(self._length.most, remaining - 1)
             drafted = self._draft.propose(self._answer, plan.n_draft, most, plan.enough)
-            n = self._length.worth(drafted)
-            proposal = Proposal(drafted.proposal.tokens[:n], drafted.proposal.probabilities[:n])
-            drafted = replace(drafted, proposal=proposal)
+            if not self._length.is_worth(drafted):
+                drafted = replace(drafted, proposal=Proposal())
         proposed = drafted.proposal.tokens
         passing = time.perf_counter()
         self._context.decode([token, *proposed], self._position, logits=len(proposed) + 1)
