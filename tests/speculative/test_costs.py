@@ -68,3 +68,10 @@ def test_the_lower_of_two_readings_counts_and_only_the_last_nine():
     for value in [2.0] * 9:
         recent.add(value)
     assert recent.value == 2.0
+
+
+def test_what_a_pass_costs_now_counts_after_a_few_readings():
+    costs = PassCosts(3)
+    for cost in [1.4] * 30 + [1.8] * 9:
+        costs.add(2, cost)
+    assert costs.of(2) == 1.8
