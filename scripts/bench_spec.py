@@ -7,7 +7,8 @@
 
 Every request is a line of JSON in --out; what is there is not measured again, so a run that was stopped can go on.
 Prompts are those of data/spec_prompts.jsonl, as many of every kind. `speed` measures all variants of one prompt one
-after the other, beginning with another one each time; `disagree` is a draft of which no token is right.
+after the other, beginning with another one each time; `disagree` is a draft of which no token is right. For a target of
+a larger one's cost see deepen_gguf.py, and take a file of its own for --out.
 """
 
 from __future__ import annotations
@@ -253,6 +254,11 @@ def exact(arguments: argparse.Namespace, results: Results) -> None:
     bench.close()
 
 
+def rate(rows: list[Row]) -> float:
+    """Tokens per second of several answers, after their first ones."""
+    return float(sum(row["tokens"] - 1 for row in rows) / sum(row["decode_s"] for row in rows))
+
+
 def report(results: Results) -> None:
     """Print the tables."""
     rows = [row for row in results.rows if row["measured"] == "accept"]
@@ -290,9 +296,6 @@ def report(results: Results) -> None:
     for name, measured in by_variant.items():
         both = [prompt for prompt in measured if prompt in by_variant["alone"]]
 
-        def rate(rows: list[Row]) -> float:
-            return float(sum(row["tokens"] - 1 for row in rows) / sum(row["decode_s"] for row in rows))
-
         here, alone = [measured[prompt] for prompt in both], [by_variant["alone"][prompt] for prompt in both]
         ratios = [rate([a]) / rate([b]) for a, b in zip(here, alone, strict=True)]
         low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
@@ -300,6 +303,16 @@ def report(results: Results) -> None:
             f"| {name} | {len(both)} | {rate(here):.2f} | {rate(here) / rate(alone):.3f} "
             f"| {middle:.3f} ({low:.3f} to {high:.3f}) |"
         )
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    if rows:
+        print(f"\n| Over alone, by kind of prompt | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
+    for name, measured in by_variant.items():
+        cells = []
+        for kind in kinds:
+            both = [p for p, row in measured.items() if row["kind"] == kind and p in by_variant["alone"]]
+            here, alone = [measured[p] for p in both], [by_variant["alone"][p] for p in both]
+            cells.append(f"{rate(here) / rate(alone):.3f}" if both else "")
+        print(f"| {name} | {' | '.join(cells)} |")
     exact_rows = [row for row in results.rows if row["measured"] == "exact"]
     for rule in dict.fromkeys(row["rule"] for row in exact_rows):
         rows = [row for row in exact_rows if row["rule"] == rule]

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +199,6 @@ class Draft:
         places = self._places(answer)
         rule = self._held.rule.judging()
         n = n_agreed = 0
-        n_foreseen = 0.0
         for i in range(1, min(_JUDGED, n_read, n_answer)):
             place = places.get(i)
             if place is None and rule.needs_places:  # the draw would have begun elsewhere
@@ -207,8 +206,7 @@ class Draft:
             drawn = rule.draw(self._cache.logits(-1 - i), place or 0)
             n += 1
             n_agreed += drawn.token == self._held.tokens[-i]
-            n_foreseen += drawn.confidence
-        return Judged(n, n_agreed, n_foreseen, n_read, time.perf_counter() - started)
+        return Judged(n, n_agreed, n_read, time.perf_counter() - started)
 
     def propose(self, answer: Sequence[int], n_draft: int, most: int, enough: float = 0.0) -> Drafted:
         """Draft how the answer goes on.
@@ -216,7 +214,8 @@ class Draft:
         answer: the target's tokens so far.
         n_draft: tokens to draft.
         most: tokens of the target to propose at most.
-        enough: the draft ends when the probability that the target takes it all, by its confidence, is less.
+        enough: the draft ends with the token at which the probability that the target takes it all, by its confidence,
+            falls below this.
 
         Raises ShiftKVError when llama.cpp fails.
         """
@@ -245,11 +244,11 @@ class Draft:
             model_s += time.perf_counter() - started
             confidences.append(drawn.confidence)
             reach *= drawn.confidence
-            if drawn.confidence < self._options.min_confidence or reach < enough:
+            if drawn.confidence < self._options.min_confidence:
                 break
             drafted.append(drawn.token)
             chances.append(drawn.probability)
-            if len(drafted) == min(n_draft, most) or not self.model.piece(drawn.token):
+            if len(drafted) == min(n_draft, most) or reach < enough or not self.model.piece(drawn.token):
                 break
             started = time.perf_counter()
             self._cache.extend(drawn.token)
@@ -274,22 +273,24 @@ class Draft:
             bridge_s=bridge_s,
         )
 
-    def costs(self) -> tuple[int, float, int, float]:
-        """Measure: tokens read at once and the seconds, tokens read one by one and the seconds."""
+    def costs(self) -> tuple[int, list[float], list[float]]:
+        """Measure: how many tokens were read at once, the seconds of each time, and those of single tokens."""
         tokens = (self.model.tokenize("The quick brown fox. ") * _TAIL)[:_TAIL]
         self._cache.hold(tokens)
+
+        def took(work: Callable[[], object]) -> float:
+            started = time.perf_counter()
+            work()
+            self._cache.logits()  # waits for them
+            return time.perf_counter() - started
+
+        at_once = []
+        for _ in range(3):
+            self._cache.clear()
+            at_once.append(took(lambda: self._cache.hold(tokens)))
+        one_by_one = [took(partial(self._cache.extend, token)) for token in tokens[:7]]
         self._cache.clear()
-        started = time.perf_counter()
-        self._cache.hold(tokens)
-        self._cache.logits()
-        at_once = time.perf_counter() - started
-        started = time.perf_counter()
-        for token in tokens[:4]:
-            self._cache.extend(token)
-            self._cache.logits()
-        one_by_one = time.perf_counter() - started
-        self._cache.clear()
-        return len(tokens), at_once, 4, one_by_one
+        return len(tokens), at_once, one_by_one
 
     def _drop_pictures(self) -> None:
         prompt, self._prompt = self._prompt, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +17,15 @@ from edge_shiftkv.prompts.prompt import Continued, Prompt
 from edge_shiftkv.results import DraftFigures
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.speculative.draft import Draft
-from edge_shiftkv.speculative.length import DraftLength
+from edge_shiftkv.speculative.length import MOST, DraftLength
 from edge_shiftkv.speculative.options import MOST_DRAFTED, DraftOptions
 from edge_shiftkv.speculative.records import Drafted, Proposal
 from edge_shiftkv.speculative.rules import Rule, rule_for
 from edge_shiftkv.speculative.verify import verify
 
-_MEASURED = (1, 3, 5, 9)  # tokens of the target's passes
+_MEASURED = (1, 2, 3, 4, 1, *range(5, MOST + 2), 1)  # tokens of the target's passes
 _TIMES = 3  # at most
-_MEASURING_S = 1.0
+_MEASURING_S = 0.2  # after which it is not measured again
 
 
 class Drafting:
@@ -59,9 +58,11 @@ class Drafting:
         if self._options.n_draft is None:
             for n_tokens, seconds in _pass_costs(self._target, engine.n_threads):
                 self._length.pass_took(n_tokens, seconds)
-            n_read, read_s, n_steps, steps_s = self.draft.costs()
-            self._length.read(n_read, read_s)
-            self._length.drafted(n_steps, steps_s)
+            n_read, read_s, steps_s = self.draft.costs()
+            for seconds in read_s:
+                self._length.read(n_read, seconds)
+            for seconds in steps_s:
+                self._length.drafted(1, seconds)
 
     def close(self) -> None:
         """Free the draft model."""
@@ -97,11 +98,12 @@ class Drafting:
         )
 
 
-def _pass_costs(target: Model, n_threads: int) -> Iterator[tuple[int, float]]:
-    """Measure the target's passes over few tokens, over one at first: how many, and the seconds.
+def _pass_costs(target: Model, n_threads: int) -> list[tuple[int, float]]:
+    """Measure the target's passes over few tokens: how many, and the seconds; those over one come first.
 
     All of them once and, if that does not take long, again.
     """
+    readings = []
     tokens = (target.tokenize("The quick brown fox. ") * max(_MEASURED))[: max(_MEASURED)]
     with closing(Context(target, len(tokens), len(tokens), type_k="f16", type_v="f16", n_threads=n_threads)) as context:
 
@@ -114,11 +116,11 @@ def _pass_costs(target: Model, n_threads: int) -> Iterator[tuple[int, float]]:
 
         took(1)  # which may read weights from disk
         began = time.perf_counter()
-        for i in range(_TIMES):
-            if i and time.perf_counter() - began > _MEASURING_S:
-                return
-            for n in _MEASURED:
-                yield n, took(n)
+        for _ in range(_TIMES):
+            readings += [(n, took(n)) for n in _MEASURED]
+            if time.perf_counter() - began > _MEASURING_S:
+                break
+    return sorted(readings, key=lambda reading: reading[0] > 1)
 
 
 class SpeculativeDecoder:
@@ -198,7 +200,7 @@ class SpeculativeDecoder:
             started = time.perf_counter()
             plan = self._length.plan(remaining=remaining, unread=lambda: self._draft.unread(self._answer))
         if plan.n_draft:
-            most = min(MOST_DRAFTED, remaining - 1)
+            most = min(self._length.most, remaining - 1)
             drafted = self._draft.propose(self._answer, plan.n_draft, most, plan.enough)
             if not self._length.is_worth(drafted):
                 drafted = replace(drafted, proposal=Proposal())

@@ -43,12 +43,10 @@ class Judged:
     """What the draft model would have written, had it been asked.
 
     n, n_agreed: tokens of the answer that it was asked about, and those that it would have written, too.
-    n_foreseen: those that it should have, by its confidence.
     n_read, seconds: tokens that it read, at once, and the time it all took.
     """
 
     n: int
     n_agreed: int
-    n_foreseen: float
     n_read: int
     seconds: float

@@ -16,6 +16,9 @@ class Machine:
 
     noise: standard deviation of a pass's logarithm.
     far_out: how many of the passes take three times as long.
+    stalls: how often, after each pass, another program begins to run for 20 passes, which take three times as long.
+    at_first: how many times as long a pass over n tokens, or of the draft (0), takes when the models are loaded; None
+        where that was measured before.
     drift: how much slower than at first everything is, after so many tokens.
     """
 
@@ -24,6 +27,8 @@ class Machine:
     reading: float
     noise: float = 0.1
     far_out: float = 0.0
+    stalls: float = 0.0
+    at_first: Callable[[int], float] | None = lambda _: 1.0
     drift: Callable[[int], float] = lambda _: 1.0
 
     def pass_s(self, n, rng):
@@ -33,6 +38,10 @@ class Machine:
 
 # A pass over 4 tokens takes 2.8 times one over 1, as on few CPU cores; or hardly more, as on a GPU.
 SLOW = Machine((1.0, 1.7, 2.3, 2.8, 3.4, 4.0, 4.6, 5.2, 5.8), draft=0.1, reading=0.02)
+# Kernels that take one, four and eight columns at a time; two cores of a Zen 4 with a draft that costs much, or less.
+COLUMNS = Machine((1.0, 1.4, 1.4, 1.4, 2.0, 2.0, 2.0, 2.0, 3.0), draft=0.1, reading=0.01)
+ZEN = Machine((1.0, 1.05, 1.13, 1.29, 1.26, 1.42, 1.6, 1.77, 2.1), draft=0.3, reading=0.02)
+ZEN_CHEAP = replace(ZEN, draft=0.08, reading=0.01)
 FAST = Machine((1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.12, 1.14, 1.16), draft=0.1, reading=0.002)
 AMX = Machine((1.0, 1.7, 1.7, 1.7, 1.75, 1.9, 1.9, 2.1, 2.2), draft=0.1, reading=0.012)
 
@@ -63,23 +72,25 @@ def run(
     """
     rng = np.random.default_rng(seed)
     length = length or DraftLength(fixed)
-    for n in (1, 3, 5, 9) * 2:
-        length.pass_took(n, machine.pass_s(n, rng))
-    length.read(32, 32 * machine.reading)
-    length.drafted(4, 4 * machine.draft)
-    ratios, lengths, total = [], [], 0
+    if machine.at_first:
+        for n in (1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9):
+            length.pass_took(n, machine.pass_s(n, rng) * machine.at_first(n))
+        length.read(32, 32 * machine.reading * machine.at_first(0))
+        for _ in range(7):
+            length.drafted(1, machine.draft * machine.at_first(0))
+    ratios, lengths, total, stalled = [], [], 0, 0
     for _ in range(n_answers):
         length.begin()
         n, alone, took, unread = 1, 0.0, 0.0, n_prompt
         while n < n_tokens:
             plan = length.plan(remaining=n_tokens - n, unread=lambda unread=unread: unread)
             chance = agreement(total) if callable(agreement) else agreement
-            drift = machine.drift(total)
+            stalled = max(stalled - 1, 20 * (rng.random() < machine.stalls))
+            drift = machine.drift(total) * (3 if stalled else 1)
             if plan.judge:
                 judged_s = unread * machine.reading * drift
                 asked, agrees = min(n, 15), chance if seems is None else seems
-                foreseen = asked * (agrees + conceit * (1 - agrees))
-                length.judged(Judged(asked, int(rng.binomial(asked, agrees)), foreseen, unread, judged_s))
+                length.judged(Judged(asked, int(rng.binomial(asked, agrees)), unread, judged_s))
                 took, unread = took + judged_s, 0
                 lengths.append(-1)
                 plan = length.plan(remaining=n_tokens - n, unread=lambda unread=unread: unread)
@@ -89,13 +100,13 @@ def run(
                 reading = unread * machine.reading * drift if unread > MOST else 0.0
                 chances = rng.beta(4 * chance, 4 * (1 - chance), k) if 0 < chance < 1 else np.full(k, chance)
                 confidences = chances + conceit * (1 - chances)
-                k = n_true(np.cumprod(confidences) >= plan.enough)  # drafted until it is in doubt
-                n_passes = min(k, len(chances) - 1)
+                k = min(k, 1 + n_true(np.cumprod(confidences) >= plan.enough))  # drafted until it is in doubt
+                n_passes = k - 1
                 model_s = reading + (n_passes + (not reading)) * machine.draft * drift
                 drafted = Drafted(
                     Proposal([0] * k),
                     n_drafted=k,
-                    confidences=confidences[: k + 1].tolist(),
+                    confidences=confidences[:k].tolist(),
                     n_read=unread,
                     n_passes=n_passes,
                     reading_s=reading or machine.draft * drift,
@@ -112,7 +123,9 @@ def run(
             round_s += pass_s
             length.passed(drafted, accepted + 1, pass_s=pass_s, round_s=round_s)
             took += round_s
-            alone += (accepted + 1) * machine.passes[0] * drift * (1 + 2 * machine.far_out)
+            alone += (
+                (accepted + 1) * machine.passes[0] * drift * (1 + 2 * machine.far_out) * np.exp(machine.noise**2 / 2)
+            )
             n += accepted + 1
             total += accepted + 1
             unread += 1 if n_proposed else accepted + 1
@@ -175,6 +188,79 @@ def test_a_draft_that_pays_is_used_at_about_the_best_length(agreement):
     assert fixed[int(np.median(lengths))] > 0.9 * best
 
 
+def best_length(machine, agreement):
+    """The fixed length that gives most: in the mean, a draft of n tokens gives (1 - a^(n+1)) / (1 - a)."""
+    rates = {0: 1.0}
+    for n in range(1, MOST + 1):
+        rates[n] = (1 - agreement ** (n + 1)) / (1 - agreement) / (machine.passes[n] + n * machine.draft)
+    return max(rates, key=rates.__getitem__)
+
+
+def over_the_best(machine, agreement, n_seeds=2, **options):
+    """The planned speed over that of the best fixed length, which is known in hindsight only."""
+    options = {"n_prompt": 30, "n_tokens": 129, "n_answers": 16, **options}
+    n = best_length(machine, agreement)
+    steady = replace(machine, at_first=lambda _: 1.0, stalls=0.0)
+    best = np.mean([overall(run(steady, agreement, fixed=n, seed=i, **options)[0]) for i in range(2)]) if n else 1.0
+    return np.mean([overall(run(machine, agreement, seed=i, **options)[0]) for i in range(n_seeds)]) / best
+
+
+STEPS = {"amx": AMX, "columns": COLUMNS, "zen": ZEN, "zen, cheap draft": ZEN_CHEAP, "fast": FAST}
+
+
+@pytest.mark.parametrize("machine", STEPS.values(), ids=STEPS)
+def test_the_plan_is_about_as_fast_as_the_best_fixed_length(machine):
+    found = [over_the_best(machine, agreement) for agreement in (0.0, 0.4, 0.7, 0.9)]
+    assert np.mean(found) > 0.98
+    assert min(found) > 0.955
+    assert found[0] > 0.98  # a draft that is never right
+
+
+def test_a_draft_that_pays_a_little_is_not_given_up_for_bad_luck():
+    """Without the benefit of the doubt it is 0.98 in the mean, and with it 1.016."""
+    found = [over_the_best(*case, n_answers=30, n_seeds=4) for case in ((COLUMNS, 0.5), (AMX, 0.7), (ZEN, 0.5))]
+    assert np.mean(found) > 1.0
+
+
+def test_drafts_that_end_in_doubt_are_faster_than_those_of_any_fixed_length():
+    assert over_the_best(ZEN, 0.85, n_answers=24) > 1.015
+
+
+LATE = {
+    "long passes": lambda n: 3 if n >= 4 else 1,
+    "plain passes": lambda n: 3 if n == 1 else 1,
+    "the draft": lambda n: 3 if n == 0 else 1,
+    "all but plain passes": lambda n: 1 if n == 1 else 4,
+}
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+def test_a_disturbed_start_does_not_mislead_for_good(late):
+    for machine, agreement in ((COLUMNS, 0.85), (ZEN, 0.7)):
+        length = DraftLength()
+        options = {"n_prompt": 30, "n_tokens": 129}
+        run(replace(machine, at_first=late), agreement, n_answers=20, length=length, **options)
+        after = overall(run(replace(machine, at_first=None), agreement, n_answers=20, length=length, **options)[0])
+        best = overall(run(machine, agreement, fixed=best_length(machine, agreement), n_answers=20, **options)[0])
+        assert after > 0.94 * best
+
+
+def test_other_programs_cost_little_more_than_their_time():
+    """For 8 % of the time all takes three times as long, 20 passes at a time."""
+    for machine, agreement, least in ((ZEN, 0.0, 0.98), (AMX, 0.3, 0.97), (ZEN_CHEAP, 0.85, 0.95), (FAST, 0.7, 0.93)):
+        assert over_the_best(replace(machine, stalls=0.004), agreement, n_seeds=2) > least
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.9, 0.0), (0.1, 0.95)])
+def test_a_switch_in_an_answer_is_followed(first, second):
+    """What the first 300 of 900 tokens say of the draft does not hold for the others."""
+    drafting = []
+    for seed in range(6):
+        _, lengths = run(ZEN_CHEAP, lambda n: first if n < 300 else second, n_answers=1, n_tokens=900, seed=seed)
+        drafting.append((lengths[-60:] > 0).mean())
+    assert np.mean(drafting) < 0.15 if second < first else np.mean(drafting) > 0.8
+
+
 @pytest.mark.parametrize("slower", [0.5, 0.7, 1.4, 2.0])
 def test_a_machine_that_becomes_faster_or_slower_changes_little(slower):
     drifting = replace(AMX, drift=lambda total: slower if total // 600 % 2 else 1.0)
@@ -226,24 +312,6 @@ def test_a_fixed_length_is_fixed():
     assert set(lengths) == {0, 1, 2, 3}  # less at the end of an answer
 
 
-def test_costs_of_passes_are_on_a_line():
-    length = DraftLength()
-    for _ in range(9):
-        for n, seconds in ((1, 0.5), (3, 0.8), (5, 1.0), (9, 1.4)):
-            length.pass_took(n, seconds)
-    line = [length._pass(n) for n in (1, 2, 3, 5, 9, 17)]
-    assert line == pytest.approx([1, 1.4, 1.6, 2.0, 2.8, 4.4])
-    length.pass_took(2, 2.0)  # one that is far out
-    assert [length._pass(n) for n in (1, 2, 3, 5, 9, 17)] == pytest.approx(line, rel=0.2)
-
-
-def test_passes_over_more_tokens_never_seem_to_take_less():
-    length = DraftLength()
-    for n, seconds in ((1, 1.0), (3, 2.0), (5, 1.5), (9, 0.5)):
-        length.pass_took(n, seconds)
-    assert [length._pass(n) for n in (1, 2, 5, 9)] == pytest.approx([1] + 3 * [4 / 3])
-
-
 @pytest.mark.parametrize(
     ("machine", "before", "after", "least"),
     [(replace(FAST, draft=0.25), 0.3, 0.95, 1.45), (FAST, 0.5, 0.9, 1.84)],
@@ -268,10 +336,11 @@ def test_what_was_accepted_long_ago_counts_less(machine, before, after, least):
 
 
 def test_a_machine_is_told_what_a_plain_pass_takes_now_and_then():
-    """Where all is drafted, nothing else would: a pass without a draft for every 256 tokens."""
-    _, lengths = run(FAST, 0.95, n_answers=4, n_tokens=2000)
+    """Where all is drafted, nothing else would: a pass without a draft in the time of 256."""
+    ratios, lengths = run(FAST, 0.95, n_answers=4, n_tokens=2000)
     plain = np.flatnonzero(lengths == 0)
-    assert 4 * 2000 / 256 - 4 <= len(plain) <= 4 * 2000 / 256 + 16
+    n_times = (2000 / ratios).sum() / 256
+    assert n_times - 4 <= len(plain) <= n_times + 8
 
 
 def test_a_drafted_token_may_give_several_of_the_targets():
@@ -279,8 +348,8 @@ def test_a_drafted_token_may_give_several_of_the_targets():
 
     def planned(per_token):
         length = DraftLength()
-        for n, seconds in ((1, 1.0), (3, 1.2), (5, 1.4), (9, 1.8)) * 3:
-            length.pass_took(n, seconds)
+        for n in (*range(1, 10),) * 3:
+            length.pass_took(n, 0.9 + 0.1 * n)
         length.read(32, 0.032)
         length.drafted(4, 0.08)
         length.begin()
@@ -292,25 +361,6 @@ def test_a_drafted_token_may_give_several_of_the_targets():
         return length.plan(remaining=100, unread=lambda: 1).n_draft
 
     assert 1 <= planned(2) < planned(1)
-
-
-def test_a_confidence_that_was_wrong_before_counts_less():
-    """Two drafts are right as often; one was as sure of it as it should have been, the other much more."""
-
-    def is_worth(confidence):
-        length = DraftLength()
-        for n, seconds in ((1, 1.0), (3, 1.5), (5, 2.0), (9, 3.0)) * 3:
-            length.pass_took(n, seconds)
-        length.read(32, 0.32)
-        length.drafted(4, 0.4)
-        length.begin()
-        draft = Drafted(Proposal([0] * 4), n_drafted=4, confidences=[0.5] * 4, n_read=1, n_passes=3, model_s=0.4)
-        for _ in range(50):
-            length.passed(replace(draft, confidences=[confidence] * 4), 2, pass_s=2.0, round_s=2.4)
-        return length.is_worth(replace(draft, confidences=[0.6] * 4))
-
-    assert is_worth(0.5)
-    assert not is_worth(0.95)
 
 
 def test_other_answers_say_little_about_a_new_one():
