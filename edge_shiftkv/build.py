@@ -51,7 +51,7 @@ UPSTREAM_VERSION = "0.3.36"
 
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
-LOCAL_VERSION = "shiftkv.4"
+LOCAL_VERSION = "shiftkv.5"
 """Raise the number when a released set of patches changes, so that pip upgrades an older build."""
 
 WHEEL_VERSION = f"{UPSTREAM_VERSION}+{LOCAL_VERSION}"

@@ -1,7 +1,7 @@
 """What a token gets does not depend on what is decoded with it, up to 17 tokens: not a bit of its logits.
 
 On the CPU, whatever the weights, the KV cache and the architecture are, as long as there are no more threads than
-heads; but for weights in Q2_K, which llama.cpp itself packs with AVX-512.
+heads.
 """
 
 import ctypes
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(bool(ggml_graph.cpu_buffer_type("AMX")), reason=
 
 MOST = 17  # a draft of 16, and the token before it
 FILE_TYPES = {  # enum llama_ftype
-    **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "IQ4_NL": 25, "IQ4_XS": 30},
-    **{"Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18},
+    **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "IQ4_NL": 25},
+    **{"IQ4_XS": 30, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18},
 }
 ARCHITECTURES = {
     "llama": {},
