@@ -159,6 +159,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--type-k", default="f16", metavar="TYPE", help="how keys are stored: f16 (default), q8_0, ...")
     group.add_argument("--type-v", default="f16", metavar="TYPE", help="how values are stored")
     group.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (default: all)")
+    group.add_argument(
+        "--no-pack-weights",
+        dest="pack_weights",
+        action="store_false",
+        help="keep no copy of the weights in the order that is fastest on the CPU: less memory, slower",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     group.add_argument(
         "--allow-http",

@@ -67,6 +67,9 @@ class Runtime(CutSettings, Closing):
     n_ctx: the most tokens of prompt and answer together; None or 0 takes what the model was trained with.
     type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
+    pack_weights: whether weights for the CPU may be copied into the order that its kernels are fastest with. The copy
+        takes as much memory as those weights; without it, they are read from the mapped file, and passes over several
+        tokens (drafts, `generate_many`, prompts) take longer.
     n_threads: CPU threads; None or -1 takes all this process may use.
     keep_prompt: whether the large context stays, too: a request that begins like the one before, as the next turn of a
         conversation does, then only reads what is new. It costs the memory of a whole prompt's KV pairs. Without a
@@ -101,6 +104,7 @@ class Runtime(CutSettings, Closing):
         type_k: str = "f16",
         type_v: str = "f16",
         n_gpu_layers: int = -1,
+        pack_weights: bool = True,
         n_threads: int | None = None,
         keep_prompt: bool = False,
         prefill: Prefill = "by-batch",
@@ -130,6 +134,7 @@ class Runtime(CutSettings, Closing):
                     type_k=type_k,
                     type_v=type_v,
                     n_gpu_layers=n_gpu_layers,
+                    pack_weights=pack_weights,
                     n_threads=n_threads,
                     image_cache=image_cache,
                     progress=progress,
@@ -266,8 +271,8 @@ class Runtime(CutSettings, Closing):
 
         An answer is the one that `generate` gives, seed for seed, where the arithmetic of a token does not depend on
         what is computed beside it. On x86 CPUs that is so for up to 17 answers at a time, with no more threads than
-        attention heads, and weights in any type but Q2_K; on AMX it was not tried. Elsewhere sums may be rounded
-        otherwise, and an answer may differ where two tokens are almost equally likely.
+        attention heads; on AMX it was not tried. Elsewhere sums may be rounded otherwise, and an answer may differ
+        where two tokens are almost equally likely.
 
         Raises SettingError for an option out of its range, or with a draft, which writes one answer at a time;
         BusyError.

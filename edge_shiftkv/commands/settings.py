@@ -17,7 +17,16 @@ from edge_shiftkv.selection.methods import DEFAULT_METHOD
 from edge_shiftkv.session_file import file_hash
 from edge_shiftkv.speculative.options import DraftOptions
 
-_MACHINE = ("n_threads", "n_gpu_layers", "prefill", "image_root", "allow_http", "draft", "draft_options")
+_MACHINE = (
+    "n_threads",
+    "n_gpu_layers",
+    "pack_weights",
+    "prefill",
+    "image_root",
+    "allow_http",
+    "draft",
+    "draft_options",
+)
 
 
 def allow_http(arguments: argparse.Namespace) -> AllowHttp:
@@ -47,6 +56,7 @@ def runtime_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "type_k": arguments.type_k,
         "type_v": arguments.type_v,
         "n_gpu_layers": arguments.gpu_layers,
+        "pack_weights": arguments.pack_weights,
         "n_threads": arguments.threads,
         "allow_http": allow_http(arguments),
         "image_root": arguments.image_root,

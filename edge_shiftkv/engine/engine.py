@@ -33,7 +33,7 @@ class Engine(Closing):
 
     A context manager; `close` frees the files. Contexts made here have to be closed before.
 
-    model, mmproj, type_k, type_v, n_gpu_layers, n_threads, image_cache: as in `Runtime`.
+    model, mmproj, type_k, type_v, n_gpu_layers, pack_weights, n_threads, image_cache: as in `Runtime`.
     progress: is told how many bytes of how many are loaded of "model" and "mmproj", now and then.
 
     Raises ModelError when a file is missing, is not what it should be, or two do not fit; SettingError.
@@ -47,6 +47,7 @@ class Engine(Closing):
         type_k: str = "f16",
         type_v: str = "f16",
         n_gpu_layers: int = -1,
+        pack_weights: bool = True,
         n_threads: int | None = None,
         image_cache: int = 0,
         progress: Progress | None = None,
@@ -61,6 +62,7 @@ class Engine(Closing):
         self.path, self.mmproj_path = Path(model), None if mmproj is None else Path(mmproj)
         self.type_k, self.type_v = type_k, type_v
         self.n_gpu_layers = n_gpu_layers
+        self.pack_weights = pack_weights
         self.n_threads = n_threads
         self.interrupt = Interrupt()
 
@@ -73,7 +75,11 @@ class Engine(Closing):
                 stacklevel=2,
             )
         with ExitStack() as resources:
-            self.model = Model(Path(model), n_gpu_layers, progress=loading("model", model, progress))
+            self.model = Model(
+                *(Path(model), n_gpu_layers),
+                pack_weights=pack_weights,
+                progress=loading("model", model, progress),
+            )
             resources.callback(self.model.close)
             self.projector: Projector | None = None
             if mmproj is not None:

@@ -51,6 +51,7 @@ class Model(Handle):
 
     Contexts made from it have to be closed before it is.
 
+    pack_weights: whether weights may be copied into the order that a kernel of the CPU's is fastest with.
     progress: is given the share of the file that is loaded, 0 to 1, now and then.
 
     Raises ModelError when the file is missing, is not a GGUF file or cannot be loaded.
@@ -62,12 +63,14 @@ class Model(Handle):
         n_gpu_layers: int,
         *,
         vocab_only: bool = False,
+        pack_weights: bool = True,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         check_model(path)
         params = llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.vocab_only = vocab_only
+        params.use_extra_bufts = pack_weights
         loading = Loading(progress)
         params.progress_callback = llama.llama_progress_callback(loading)
         with native_call() as errors:

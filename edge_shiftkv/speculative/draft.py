@@ -80,6 +80,7 @@ class Draft:
         *,
         n_gpu_layers: int,
         n_threads: int,
+        pack_weights: bool = True,
         interrupt: Interrupt | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
@@ -87,7 +88,7 @@ class Draft:
         self._options = options
         self._interrupt = interrupt
         with ExitStack() as resources:
-            self.model = Model(path, n_gpu_layers, progress=progress)
+            self.model = Model(path, n_gpu_layers, pack_weights=pack_weights, progress=progress)
             resources.callback(self.model.close)
             if not self.model.has_kv_cache:
                 raise ModelError(f"{path}: cannot draft, as its memory does not take tokens back: use another draft")

@@ -50,6 +50,7 @@ class Drafting:
         self.draft = self.draft_class(
             *(path, self._target, self._options),
             n_gpu_layers=engine.n_gpu_layers,
+            pack_weights=engine.pack_weights,
             n_threads=engine.n_threads,
             interrupt=engine.interrupt,
             progress=loading("draft", path, progress),

@@ -205,7 +205,19 @@ def test_the_settings_that_answers_depend_on(batch, requests, demo, tmp_path, ca
         assert batch(requests, "-o", out, "--limit", 1, "--seed", 5, *arguments) == 1
         assert f"other settings: {name} was" in (err := capsys.readouterr().err) or f"another {name};" in err
         assert out.read_bytes() == before
-    machine = ["--threads", 2, "--parallel", 2, "--gpu-layers", 0, "--row-timeout", 100, "--kv-method", "mixed"]
+    machine = [
+        "--threads",
+        2,
+        "--parallel",
+        2,
+        "--gpu-layers",
+        0,
+        "--no-pack-weights",
+        "--row-timeout",
+        100,
+        "--kv-method",
+        "mixed",
+    ]
     assert batch(requests, "-o", out, "--limit", 1, *machine) == 0
     assert batch(requests, "-o", out, "--limit", 1, "--kv-budget", 95, "--restart") == 0
     assert len(entries(out)) == 1

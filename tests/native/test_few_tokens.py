@@ -1,10 +1,12 @@
 """What a token gets does not depend on what is decoded with it, up to 17 tokens: not a bit of its logits.
 
 On the CPU, whatever the weights, the KV cache and the architecture are, as long as there are no more threads than
-heads; but for weights in Q2_K, which llama.cpp itself packs with AVX-512.
+heads.
 """
 
 import ctypes
+import logging
+import re
 from contextlib import closing
 
 import llama_cpp.llama_cpp as llama
@@ -19,8 +21,8 @@ pytestmark = pytest.mark.skipif(bool(ggml_graph.cpu_buffer_type("AMX")), reason=
 
 MOST = 17  # a draft of 16, and the token before it
 FILE_TYPES = {  # enum llama_ftype
-    **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "IQ4_NL": 25, "IQ4_XS": 30},
-    **{"Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18},
+    **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "IQ4_NL": 25},
+    **{"IQ4_XS": 30, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18},
 }
 ARCHITECTURES = {
     "llama": {},
@@ -39,20 +41,31 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """A function: the architecture and the file's type to a model of random weights."""
+def quantized(tmp_path_factory):
+    """A function: the architecture and the file's type to the path of a model of random weights."""
     folder = tmp_path_factory.mktemp("models")
+
+    def quantized(arch, file_type):
+        path = folder / f"{arch}-{file_type}.gguf"
+        if not path.exists():
+            spec = Spec(arch, **{"n_layer": 2, "n_embd": 256, "d_head": 64, "n_ff": 512, **ARCHITECTURES[arch]})
+            source = write_model(spec, folder)
+            params = llama.llama_model_quantize_default_params()
+            params.ftype, params.nthread = FILE_TYPES[file_type], 1
+            assert llama.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)) == 0
+        return path
+
+    return quantized
+
+
+@pytest.fixture(scope="module")
+def load(quantized):
+    """The same to the loaded model."""
     models = {}
 
     def load(arch, file_type):
         if (arch, file_type) not in models:
-            spec = Spec(arch, **{"n_layer": 2, "n_embd": 256, "d_head": 64, "n_ff": 512, **ARCHITECTURES[arch]})
-            source = write_model(spec, folder)
-            path = folder / f"{arch}-{file_type}.gguf"
-            params = llama.llama_model_quantize_default_params()
-            params.ftype, params.nthread = FILE_TYPES[file_type], 1
-            assert llama.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)) == 0
-            models[arch, file_type] = Model(path, 0)
+            models[arch, file_type] = Model(quantized(arch, file_type), 0)
         return models[arch, file_type]
 
     yield load
@@ -76,7 +89,33 @@ def read(context, tokens):
 
 @pytest.mark.parametrize(("arch", "file_type", "type_kv", "n_before"), CASES)
 def test_passes_over_several_tokens(load, arch, file_type, type_kv, n_before):
-    model = load(arch, file_type)
+    assert_nothing_depends_on_the_others(load(arch, file_type), type_kv, n_before)
+
+
+@pytest.mark.parametrize("file_type", ["Q4_0", "Q8_0", "Q2_K", "Q4_K_M"])
+def test_passes_with_weights_that_are_not_packed(quantized, file_type):
+    with closing(Model(quantized("llama", file_type), 0, pack_weights=False)) as model:
+        assert_nothing_depends_on_the_others(model, "f16", 40)
+
+
+def test_weights_are_packed_or_not(quantized, caplog):
+    """And a model says the same, up to rounding."""
+    logits = []
+    for pack_weights in (True, False):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "edge_shiftkv.llama_cpp"):
+            model = Model(quantized("qwen2", "Q4_K_M"), 0, pack_weights=pack_weights)
+        with closing(model):
+            buffers = [re.search(r"(\S+) model buffer size", message) for message in caplog.messages]
+            packed = {found[1] for found in buffers if found} - {"CPU", "CPU_Mapped"}
+            assert bool(packed) == (pack_weights and bool(ggml_graph.has_avx2())), packed
+            with context(model) as read_by:
+                read(read_by, drawn(model, 40))
+                logits.append(read_by.logits().copy())
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.05 * logits[0].std()
+
+
+def assert_nothing_depends_on_the_others(model, type_kv, n_before):
     tokens = drawn(model, n_before + MOST)
     before, after = tokens[:n_before], tokens[n_before:]
     with context(model, type_kv) as one_by_one, context(model, type_kv) as together:

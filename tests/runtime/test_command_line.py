@@ -217,6 +217,7 @@ SETTINGS = {
     "--type-k": ("q8_0", "type_k", "q8_0"),
     "--type-v": ("q4_0", "type_v", "q4_0"),
     "--gpu-layers": ("7", "n_gpu_layers", 7),
+    "--no-pack-weights": (None, "pack_weights", False),
     "--threads": ("3", "n_threads", 3),
     "--draft": ("some-draft.gguf", "draft", "some-draft.gguf"),
     "--draft-tokens": ("5", "draft_options", DraftOptions(5)),

@@ -7,7 +7,11 @@
 #include "kernels.h"
 #include "traits.h"
 
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+
 #include <algorithm>
+#include <cmath>
 
 namespace ggml::cpu::columns {
 
@@ -40,13 +44,44 @@ template <typename T> static T * column_data(const ggml_tensor * tensor, int64_t
     return (T *) ((char *) tensor->data + i1 * tensor->nb[1] + i2 * tensor->nb[2] + i3 * tensor->nb[3]);
 }
 
+// What llama.cpp's quantize_row_q8_K does, in loops that a compiler makes vectors of
+static void round_q8_K(const float * x, void * blocks, int64_t n_values) {
+    constexpr int LANES = 16;
+    for (auto * y = (block_q8_K *) blocks; n_values > 0; n_values -= QK_K, x += QK_K, y++) {
+        float high[LANES] = {};
+        float low[LANES]  = {};
+        for (int i = 0; i < QK_K; i += LANES) {
+            for (int lane = 0; lane < LANES; lane++) {
+                high[lane] = x[i + lane] > high[lane] ? x[i + lane] : high[lane];
+                low[lane]  = x[i + lane] < low[lane] ? x[i + lane] : low[lane];
+            }
+        }
+        const float highest = *std::max_element(high, high + LANES);
+        const float lowest  = *std::min_element(low, low + LANES);
+        const float largest = highest > -lowest ? highest : lowest;
+        const float scale   = largest == 0.0f ? 0.0f : -127.0f / largest;
+        for (int i = 0; i < QK_K; i++) {
+            y->qs[i] = int8_t(int32_t(std::rint(scale * x[i])));
+        }
+        for (int i = 0; i < QK_K / 16; i++) {
+            int32_t sum = 0;
+            for (int j = 0; j < 16; j++) {
+                sum += y->qs[16 * i + j];
+            }
+            y->bsums[i] = int16_t(sum);
+        }
+        y->d = largest == 0.0f ? 0.0f : 1.0f / scale;
+    }
+}
+
 // Rounds and packs the thread's share of the columns.
 static void pack_columns(const ggml_compute_params * params, const format & format, const column_groups & groups,
                          const ggml_tensor * src) {
     const int64_t n_values   = src->ne[0];
     const int64_t n_blocks   = n_values / format.block;
     const int64_t n_pieces   = (n_values + PIECE - 1) / PIECE;
-    const auto    from_float = ggml_get_type_traits_cpu(format.column_type)->from_float;
+    const auto    from_float =
+        format.column_type == GGML_TYPE_Q8_K ? round_q8_K : ggml_get_type_traits_cpu(format.column_type)->from_float;
     const int64_t end        = groups.n_columns * n_pieces * (params->ith + 1) / params->nth;
     int64_t       group      = 0;
     for (int64_t i = groups.n_columns * n_pieces * params->ith / params->nth; i < end; i++) {

@@ -11,6 +11,8 @@
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 
+#include <utility>
+
 namespace ggml::cpu::columns {
 
 constexpr int TILE_ROWS   = 16;
@@ -43,6 +45,23 @@ constexpr size_t spread_size(size_t size) {
     return size * TILE_ROWS;
 }
 
+// Times 2^N, of which N may be negative
+template <class V, int N> static COLUMNS_INLINE typename V::I shift(typename V::I a) {
+    if constexpr (N < 0) {
+        return V::template right<-N>(a);
+    } else {
+        return V::template left<N>(a);
+    }
+}
+
+// Where ZERO is to be subtracted from each weight, this is what the sum is to start with.
+template <int ZERO> static inline void sum_times_zero(const block_q8_0 & y, int32_t * sums) {
+    sums[0] = 0;
+    for (int i = 0; i < QK8_0; i++) {
+        sums[0] -= ZERO * y.qs[i];
+    }
+}
+
 static inline int32_t sum_of_pair(const block_q8_K & y, int i) {
     return y.bsums[2 * i] + y.bsums[2 * i + 1];
 }
@@ -58,6 +77,170 @@ static inline void sums_for_minimums(const block_q8_K & y, int32_t * sums) {
         sums[i]         = two_words(sum_of_pair(y, first), sum_of_pair(y, first + 2));
     }
 }
+
+struct q2_K_layout {
+    using source       = block_q2_K;
+    using column       = column_block<QK_K, QK_K / 32>;
+    using column_input = block_q8_K;
+
+    static constexpr ggml_type TYPE  = GGML_TYPE_Q2_K;
+    static constexpr size_t PREFETCH = 0;
+    static constexpr size_t    D     = 0;
+    static constexpr size_t    DMIN  = 32;
+    static constexpr size_t    SCALE = 64;
+    static constexpr size_t    QS    = SCALE + spread_size(QK_K / 16);
+
+    static void pack(const source & from, int64_t, int64_t b, int row, uint8_t * tile) {
+        tile += b * spread_size(sizeof(source));
+        spread_half(tile + D, row, &from.data.data.d);
+        spread_half(tile + DMIN, row, &from.data.data.dmin);
+        spread(tile + SCALE, row, from.scales, sizeof(from.scales));
+        spread(tile + QS, row, from.qs, sizeof(from.qs));
+    }
+
+    // The sums of the column's 16s, as `finish` multiplies them with the minimums
+    static void sums(const block_q8_K & y, int32_t * sums) {
+        for (int i = 0; i < QK_K / 32; i++) {
+            const int first = i / 2 * 4 + i % 2;
+            sums[i]         = two_words(y.bsums[first], y.bsums[first + 2]);
+        }
+    }
+};
+
+template <class V> struct q2_K : q2_K_layout {
+    using I = typename V::I;
+    using F = typename V::F;
+
+    static constexpr int GROUPS = 2;
+    static constexpr int STEPS  = 4;
+    static constexpr int PARTS  = 2;
+
+    const uint8_t * qs;
+    F               minimum;
+    I               minimums[8];  // two each
+    F               scales[16];
+
+    COLUMNS_INLINE q2_K(const uint8_t * tile, int64_t, int64_t b, int first_row) :
+        qs(tile + b * spread_size(sizeof(source)) + QS + first_row * 4),
+        minimum(V::load_half(qs - QS - first_row * 2 + DMIN)) {
+        const F d      = V::load_half(qs - QS - first_row * 2 + D);
+        const I four   = V::word(0x0f);
+        const I fours  = V::word(0x000f000f);
+        for (int i = 0; i < 4; i++) {
+            const I both        = V::load(qs - QS + SCALE + i * VECTOR_SIZE);
+            scales[4 * i]       = V::multiply(d, V::to_float(V::bits_and(both, four)));
+            scales[4 * i + 1]   = V::multiply(d, V::to_float(V::bits_and(V::template right<8>(both), four)));
+            scales[4 * i + 2]   = V::multiply(d, V::to_float(V::bits_and(V::template right<16>(both), four)));
+            scales[4 * i + 3]   = V::multiply(d, V::to_float(V::bits_and(V::template right<24>(both), four)));
+            minimums[2 * i]     = V::bits_and(V::template right<4>(both), fours);
+            minimums[2 * i + 1] = V::bits_and(V::template right<12>(both), fours);
+        }
+    }
+
+    template <int S> COLUMNS_INLINE void weights(int group, I * w) const {
+        const uint8_t * p = qs + group * WORDS * VECTOR_SIZE;
+        for (int i = 0; i < WORDS; i++) {
+            w[i] = V::bits_and(shift<V, -2 * S>(V::load(p + i * VECTOR_SIZE)), V::word(0x03030303));
+        }
+    }
+
+    template <int S> COLUMNS_INLINE I dot(const I * w, const column & y, int step, int part) const {
+        constexpr int N = WORDS / PARTS;
+        return V::template dot<N, 3>(V::word(0), w + part * N, y.qs + step * STEP + part * STEP / PARTS);
+    }
+
+    COLUMNS_INLINE F finish(F sum, const column & y) const {
+        I min_sum = V::word(0);
+        for (int i = 0; i < QK_K / 32; i++) {
+            min_sum = V::dot_16(min_sum, minimums[i], y.sums + i);
+        }
+        return V::multiply_subtract(minimum, V::to_float(min_sum), sum);
+    }
+};
+
+struct q3_K_layout {
+    using source       = block_q3_K;
+    using column       = column_block<QK_K, QK_K / 16>;
+    using column_input = block_q8_K;
+
+    static constexpr ggml_type TYPE  = GGML_TYPE_Q3_K;
+    static constexpr size_t PREFETCH = FAR;
+    static constexpr size_t    HMASK = 0;
+    static constexpr size_t    QS    = spread_size(QK_K / 8);
+    static constexpr size_t    SCALE = QS + spread_size(QK_K / 4);
+    static constexpr size_t    BLOCK = SCALE + spread_size(K_SCALE_SIZE);  // the d of all blocks follow the last one
+
+    static void pack(const source & from, int64_t n_blocks, int64_t b, int row, uint8_t * tile) {
+        spread_half(tile + n_blocks * BLOCK + b * TILE_ROWS * 2, row, &from.d);
+        tile += b * BLOCK;
+        spread(tile + HMASK, row, from.hmask, sizeof(from.hmask));
+        spread(tile + QS, row, from.qs, sizeof(from.qs));
+        spread(tile + SCALE, row, from.scales, sizeof(from.scales));
+    }
+
+    // 4 is to be subtracted from each weight
+    static void sums(const block_q8_K & y, int32_t * sums) {
+        for (int i = 0; i < QK_K / 16; i++) {
+            sums[i] = -4 * y.bsums[i];
+        }
+    }
+};
+
+template <class V> struct q3_K : q3_K_layout {
+    using I = typename V::I;
+    using F = typename V::F;
+
+    static constexpr int GROUPS = 1;
+    static constexpr int STEPS  = 8;
+    static constexpr int PARTS  = 2;
+
+    const uint8_t * block;
+    F               scales[16];
+
+    COLUMNS_INLINE q3_K(const uint8_t * tile, int64_t n_blocks, int64_t b, int first_row) :
+        block(tile + b * BLOCK + first_row * 4) {
+        const F d    = V::load_half(tile + n_blocks * BLOCK + (b * TILE_ROWS + first_row) * 2);
+        const I low  = V::load(block + SCALE);
+        const I next = V::load(block + SCALE + VECTOR_SIZE);
+        const I high = V::load(block + SCALE + 2 * VECTOR_SIZE);
+        four_scales<4>(d, low, high, scales);
+        four_scales<2>(d, next, high, scales + 4);
+        four_scales<0>(d, V::template right<4>(low), high, scales + 8);
+        four_scales<-2>(d, V::template right<4>(next), high, scales + 12);
+    }
+
+    // The lower four bits of each byte, and two of the high ones, shifted to be the fifth and sixth; 32 is subtracted.
+    template <int SHIFT> static COLUMNS_INLINE void four_scales(F d, I low, I high, F * scales) {
+        const I top = V::bits_and(shift<V, SHIFT>(high), V::word(0x30303030));
+        const I six = V::select(V::word(0x0f0f0f0f), low, top);
+        scales[0]   = V::multiply(d, one_scale<0>(six));
+        scales[1]   = V::multiply(d, one_scale<8>(six));
+        scales[2]   = V::multiply(d, one_scale<16>(six));
+        scales[3]   = V::multiply(d, one_scale<24>(six));
+    }
+
+    template <int SHIFT> static COLUMNS_INLINE F one_scale(I six) {
+        return V::to_float(V::subtract(V::bits_and(V::template right<SHIFT>(six), V::word(0x3f)), V::word(32)));
+    }
+
+    template <int S> COLUMNS_INLINE void weights(int, I * w) const {
+        const uint8_t * p = block + QS + S / 4 * WORDS * VECTOR_SIZE;
+        for (int i = 0; i < WORDS; i++) {
+            const I low  = shift<V, -2 * (S % 4)>(V::load(p + i * VECTOR_SIZE));
+            const I high = V::load(block + HMASK + i * VECTOR_SIZE);
+            // bit S of the high ones is the third
+            w[i] = V::bits_and(V::select(V::word(0x03030303), low, shift<V, 2 - S>(high)), V::word(0x07070707));
+        }
+    }
+
+    template <int S> COLUMNS_INLINE I dot(const I * w, const column & y, int step, int part) const {
+        constexpr int N = WORDS / PARTS;
+        return V::template dot<N, 7>(V::load_all(y.sums + step * PARTS + part), w + part * N,
+                                     y.qs + step * STEP + part * STEP / PARTS);
+    }
+
+    COLUMNS_INLINE F finish(F sum, const column &) const { return sum; }
+};
 
 // Scales and minimums of 6 bits, as Q4_K and Q5_K pack them in 12 bytes
 template <class V> struct scales_and_minimums {
@@ -235,7 +418,7 @@ template <class V> struct q5_K : q5_K_layout {
             const I both = V::load(p + i * VECTOR_SIZE);
             const I high = V::load(qh + i * VECTOR_SIZE);
             // bit S of the high ones is the fifth
-            const I fifth = S < 4 ? V::template left<S < 4 ? 4 - S : 0>(high) : V::template right<S < 4 ? 0 : S - 4>(high);
+            const I fifth = shift<V, 4 - S>(high);
             const I low   = S % 2 == 0 ? both : V::template right<4>(both);
             w[i]          = V::bits_and(V::select(V::word(0x0f0f0f0f), low, fifth), V::word(0x1f1f1f1f));
         }
@@ -308,7 +491,7 @@ template <class V> struct q6_K : q6_K_layout {
             const I both = V::load(ql + i * VECTOR_SIZE);
             const I high = V::load(qh + i * VECTOR_SIZE);
             // bits 2 * S and 2 * S + 1 of the high ones are the fifth and sixth
-            const I top = S < 2 ? V::template left<S < 2 ? 4 - 2 * S : 0>(high) : V::template right<S < 2 ? 0 : 2 * S - 4>(high);
+            const I top = shift<V, 4 - 2 * S>(high);
             const I low = S < 2 ? both : V::template right<4>(both);
             w[i]        = V::bits_and(V::select(V::word(0x0f0f0f0f), low, top), V::word(0x3f3f3f3f));
         }
@@ -341,12 +524,7 @@ struct q8_0_layout {
         spread(tile + b * BLOCK, row, unsigned_qs, sizeof(unsigned_qs));
     }
 
-    static void sums(const block_q8_0 & y, int32_t * sums) {
-        sums[0] = 0;
-        for (int i = 0; i < QK8_0; i++) {
-            sums[0] -= 128 * y.qs[i];
-        }
-    }
+    static void sums(const block_q8_0 & y, int32_t * sums) { sum_times_zero<128>(y, sums); }
 };
 
 template <class V> struct q8_0 : q8_0_layout {
@@ -378,30 +556,25 @@ template <class V> struct q8_0 : q8_0_layout {
     COLUMNS_INLINE F finish(F sum, const column &) const { return sum; }
 };
 
-struct q4_0_layout {
-    using source       = block_q4_0;
-    using column       = column_block<QK4_0, 1>;
+// 32 weights of 4 bits with one factor
+template <class Source, ggml_type KIND, int ZERO> struct nibbles_layout {
+    using source       = Source;
+    using column       = column_block<QK8_0, 1>;
     using column_input = block_q8_0;
 
-    static constexpr ggml_type TYPE  = GGML_TYPE_Q4_0;
+    static constexpr ggml_type TYPE  = KIND;
     static constexpr size_t PREFETCH = FAR;
-    static constexpr size_t    BLOCK = spread_size(QK4_0 / 2);
+    static constexpr size_t    BLOCK = spread_size(QK8_0 / 2);
 
     static void pack(const source & from, int64_t n_blocks, int64_t b, int row, uint8_t * tile) {
         spread_half(tile + n_blocks * BLOCK + b * TILE_ROWS * 2, row, &from.d);
         spread(tile + b * BLOCK, row, from.qs, sizeof(from.qs));
     }
 
-    // 8 is to be subtracted from each weight
-    static void sums(const block_q8_0 & y, int32_t * sums) {
-        sums[0] = 0;
-        for (int i = 0; i < QK8_0; i++) {
-            sums[0] -= 8 * y.qs[i];
-        }
-    }
+    static void sums(const block_q8_0 & y, int32_t * sums) { sum_times_zero<ZERO>(y, sums); }
 };
 
-template <class V> struct q4_0 : q4_0_layout {
+template <class V, class Layout> struct nibbles : Layout {
     using I = typename V::I;
     using F = typename V::F;
 
@@ -412,9 +585,94 @@ template <class V> struct q4_0 : q4_0_layout {
     const uint8_t * qs;
     F               scales[1];
 
-    COLUMNS_INLINE q4_0(const uint8_t * tile, int64_t n_blocks, int64_t b, int first_row) :
-        qs(tile + b * BLOCK + first_row * 4) {
-        scales[0] = V::load_half(tile + n_blocks * BLOCK + (b * TILE_ROWS + first_row) * 2);
+    COLUMNS_INLINE nibbles(const uint8_t * tile, int64_t n_blocks, int64_t b, int first_row) :
+        qs(tile + b * Layout::BLOCK + first_row * 4) {
+        scales[0] = V::load_half(tile + n_blocks * Layout::BLOCK + (b * TILE_ROWS + first_row) * 2);
+    }
+
+    COLUMNS_INLINE F finish(F sum, const typename Layout::column &) const { return sum; }
+};
+
+template <class V> struct q4_0 : nibbles<V, nibbles_layout<block_q4_0, GGML_TYPE_Q4_0, 8>> {
+    using I      = typename V::I;
+    using parent = nibbles<V, nibbles_layout<block_q4_0, GGML_TYPE_Q4_0, 8>>;
+    using parent::parent;
+
+    template <int S> COLUMNS_INLINE void weights(int, I * w) const {
+        for (int i = 0; i < WORDS / 2; i++) {
+            const I both     = V::load(this->qs + i * VECTOR_SIZE);
+            w[i]             = V::bits_and(both, V::word(0x0f0f0f0f));
+            w[i + WORDS / 2] = V::bits_and(V::template right<4>(both), V::word(0x0f0f0f0f));
+        }
+    }
+
+    template <int S> COLUMNS_INLINE I dot(const I * w, const typename parent::column & y, int, int) const {
+        return V::template dot<WORDS, 15>(V::load_all(y.sums), w, y.qs);
+    }
+};
+
+// kvalues_iq4nl, each plus 128
+static constexpr uint8_t IQ4_VALUES[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };
+
+// The weights of 32 numbers of such values
+template <class V> static COLUMNS_INLINE void look_up(const uint8_t * qs, typename V::I * w) {
+    for (int i = 0; i < WORDS / 2; i++) {
+        const typename V::I both = V::load(qs + i * VECTOR_SIZE);
+        w[i]                     = V::lookup(IQ4_VALUES, V::bits_and(both, V::word(0x0f0f0f0f)));
+        w[i + WORDS / 2] = V::lookup(IQ4_VALUES, V::bits_and(V::template right<4>(both), V::word(0x0f0f0f0f)));
+    }
+}
+
+template <class V> struct iq4_nl : nibbles<V, nibbles_layout<block_iq4_nl, GGML_TYPE_IQ4_NL, 128>> {
+    using I      = typename V::I;
+    using parent = nibbles<V, nibbles_layout<block_iq4_nl, GGML_TYPE_IQ4_NL, 128>>;
+    using parent::parent;
+
+    template <int S> COLUMNS_INLINE void weights(int, I * w) const { look_up<V>(this->qs, w); }
+
+    template <int S> COLUMNS_INLINE I dot(const I * w, const typename parent::column & y, int, int) const {
+        return V::template dot_128<WORDS>(y.sums, w, y.qs);
+    }
+};
+
+// 32 weights of 4 bits with a factor and a minimum
+struct q4_1_layout {
+    using source       = block_q4_1;
+    using column       = column_block<QK8_0, 1>;
+    using column_input = block_q8_0;
+
+    static constexpr ggml_type TYPE  = GGML_TYPE_Q4_1;
+    static constexpr size_t PREFETCH = 0;
+    static constexpr size_t    D     = 0;
+    static constexpr size_t    M     = 32;
+    static constexpr size_t    QS    = 64;
+
+    static void pack(const source & from, int64_t, int64_t b, int row, uint8_t * tile) {
+        tile += b * spread_size(sizeof(source));
+        spread_half(tile + D, row, &from.data.data.d);
+        spread_half(tile + M, row, &from.data.data.m);
+        spread(tile + QS, row, from.qs, sizeof(from.qs));
+    }
+
+    static void sums(const block_q8_0 & y, int32_t * sums) { sum_times_zero<-1>(y, sums); }
+};
+
+template <class V> struct q4_1 : q4_1_layout {
+    using I = typename V::I;
+    using F = typename V::F;
+
+    static constexpr int GROUPS = 1;
+    static constexpr int STEPS  = 1;
+    static constexpr int PARTS  = 1;
+
+    const uint8_t * qs;
+    F               minimum;
+    F               scales[1];
+
+    COLUMNS_INLINE q4_1(const uint8_t * tile, int64_t, int64_t b, int first_row) :
+        qs(tile + b * spread_size(sizeof(source)) + QS + first_row * 4),
+        minimum(V::load_half(qs - QS - first_row * 2 + M)) {
+        scales[0] = V::load_half(qs - QS - first_row * 2 + D);
     }
 
     template <int S> COLUMNS_INLINE void weights(int, I * w) const {
@@ -426,10 +684,135 @@ template <class V> struct q4_0 : q4_0_layout {
     }
 
     template <int S> COLUMNS_INLINE I dot(const I * w, const column & y, int, int) const {
-        return V::template dot<WORDS, 15>(V::load_all(y.sums), w, y.qs);
+        return V::template dot<WORDS, 15>(V::word(0), w, y.qs);
+    }
+
+    COLUMNS_INLINE F finish(F sum, const column & y) const {
+        return V::multiply_add(minimum, V::to_float(V::load_all(y.sums)), sum);
+    }
+};
+
+// Fifth bits in the order in which they are used: bit i of a byte belongs to vector i.
+static inline uint32_t fifth_bits(const uint8_t * qh) {
+    uint32_t result = 0;
+    for (int i = 0; i < STEP; i++) {
+        result |= uint32_t(qh[i / 8] >> i % 8 & 1) << (i % 4 * 8 + i / 4);
+    }
+    return result;
+}
+
+template <class V, int... N>
+static COLUMNS_INLINE void five_bits(const uint8_t * qs, typename V::I high, typename V::I * w, std::integer_sequence<int, N...>) {
+    const typename V::I nibbles = V::word(0x0f0f0f0f);
+    const typename V::I five    = V::word(0x1f1f1f1f);
+    typename V::I       both[WORDS / 2];
+    for (int i = 0; i < WORDS / 2; i++) {
+        both[i] = V::load(qs + i * VECTOR_SIZE);
+    }
+    ((w[N] = V::bits_and(V::select(nibbles, shift<V, N / 4 * -4>(both[N % 4]), shift<V, 4 - N>(high)), five)), ...);
+}
+
+struct q5_0_layout {
+    using source       = block_q5_0;
+    using column       = column_block<QK8_0, 1>;
+    using column_input = block_q8_0;
+
+    static constexpr ggml_type TYPE  = GGML_TYPE_Q5_0;
+    static constexpr size_t PREFETCH = FAR;
+    static constexpr size_t    QH    = 0;
+    static constexpr size_t    QS    = VECTOR_SIZE;
+    static constexpr size_t    BLOCK = QS + spread_size(QK5_0 / 2);  // the d of all blocks follow the last one
+
+    static void pack(const source & from, int64_t n_blocks, int64_t b, int row, uint8_t * tile) {
+        const uint32_t high = fifth_bits(from.qh);
+        spread_half(tile + n_blocks * BLOCK + b * TILE_ROWS * 2, row, &from.d);
+        spread(tile + b * BLOCK + QH, row, &high, sizeof(high));
+        spread(tile + b * BLOCK + QS, row, from.qs, sizeof(from.qs));
+    }
+
+    static void sums(const block_q8_0 & y, int32_t * sums) { sum_times_zero<16>(y, sums); }
+};
+
+template <class V> struct q5_0 : q5_0_layout {
+    using I = typename V::I;
+    using F = typename V::F;
+
+    static constexpr int GROUPS = 1;
+    static constexpr int STEPS  = 1;
+    static constexpr int PARTS  = 1;
+
+    const uint8_t * block;
+    F               scales[1];
+
+    COLUMNS_INLINE q5_0(const uint8_t * tile, int64_t n_blocks, int64_t b, int first_row) :
+        block(tile + b * BLOCK + first_row * 4) {
+        scales[0] = V::load_half(tile + n_blocks * BLOCK + (b * TILE_ROWS + first_row) * 2);
+    }
+
+    template <int S> COLUMNS_INLINE void weights(int, I * w) const {
+        five_bits<V>(block + QS, V::load(block + QH), w, std::make_integer_sequence<int, WORDS>());
+    }
+
+    template <int S> COLUMNS_INLINE I dot(const I * w, const column & y, int, int) const {
+        return V::template dot<WORDS, 31>(V::load_all(y.sums), w, y.qs);
     }
 
     COLUMNS_INLINE F finish(F sum, const column &) const { return sum; }
+};
+
+struct q5_1_layout {
+    using source       = block_q5_1;
+    using column       = column_block<QK8_0, 1>;
+    using column_input = block_q8_0;
+
+    static constexpr ggml_type TYPE  = GGML_TYPE_Q5_1;
+    static constexpr size_t PREFETCH = 0;
+    static constexpr size_t    D     = 0;
+    static constexpr size_t    M     = 32;
+    static constexpr size_t    QH    = 64;
+    static constexpr size_t    QS    = QH + VECTOR_SIZE;
+
+    static void pack(const source & from, int64_t, int64_t b, int row, uint8_t * tile) {
+        const uint32_t high = fifth_bits(from.qh);
+        tile += b * spread_size(sizeof(source));
+        spread_half(tile + D, row, &from.data.data.d);
+        spread_half(tile + M, row, &from.data.data.m);
+        spread(tile + QH, row, &high, sizeof(high));
+        spread(tile + QS, row, from.qs, sizeof(from.qs));
+    }
+
+    static void sums(const block_q8_0 & y, int32_t * sums) { sum_times_zero<-1>(y, sums); }
+};
+
+template <class V> struct q5_1 : q5_1_layout {
+    using I = typename V::I;
+    using F = typename V::F;
+
+    static constexpr int GROUPS = 1;
+    static constexpr int STEPS  = 1;
+    static constexpr int PARTS  = 1;
+
+    const uint8_t * qs;
+    F               minimum;
+    F               scales[1];
+
+    COLUMNS_INLINE q5_1(const uint8_t * tile, int64_t, int64_t b, int first_row) :
+        qs(tile + b * spread_size(sizeof(source)) + QS + first_row * 4),
+        minimum(V::load_half(qs - QS - first_row * 2 + M)) {
+        scales[0] = V::load_half(qs - QS - first_row * 2 + D);
+    }
+
+    template <int S> COLUMNS_INLINE void weights(int, I * w) const {
+        five_bits<V>(qs, V::load(qs - QS + QH), w, std::make_integer_sequence<int, WORDS>());
+    }
+
+    template <int S> COLUMNS_INLINE I dot(const I * w, const column & y, int, int) const {
+        return V::template dot<WORDS, 31>(V::word(0), w, y.qs);
+    }
+
+    COLUMNS_INLINE F finish(F sum, const column & y) const {
+        return V::multiply_add(minimum, V::to_float(V::load_all(y.sums)), sum);
+    }
 };
 
 struct iq4_xs_layout {
@@ -459,9 +842,6 @@ struct iq4_xs_layout {
     }
 };
 
-// kvalues_iq4nl, each plus 128
-static constexpr uint8_t IQ4_VALUES[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };
-
 template <class V> struct iq4_xs : iq4_xs_layout {
     using I = typename V::I;
     using F = typename V::F;
@@ -489,18 +869,13 @@ template <class V> struct iq4_xs : iq4_xs_layout {
     }
 
     template <int S> static COLUMNS_INLINE F scale(I low, I high) {
-        const I top = S < 2 ? V::template left<S < 2 ? 4 - 2 * S : 0>(high) : V::template right<S < 2 ? 0 : 2 * S - 4>(high);
+        const I top = shift<V, 4 - 2 * S>(high);
         const I six = V::select(V::word(0x0f), V::template right<4 * S>(low), V::bits_and(top, V::word(0x30)));
         return V::to_float(V::subtract(six, V::word(32)));
     }
 
     template <int S> COLUMNS_INLINE void weights(int group, I * w) const {
-        const uint8_t * p = qs + group * (WORDS / 2) * VECTOR_SIZE;
-        for (int i = 0; i < WORDS / 2; i++) {
-            const I both     = V::load(p + i * VECTOR_SIZE);
-            w[i]             = V::lookup(IQ4_VALUES, V::bits_and(both, V::word(0x0f0f0f0f)));
-            w[i + WORDS / 2] = V::lookup(IQ4_VALUES, V::bits_and(V::template right<4>(both), V::word(0x0f0f0f0f)));
-        }
+        look_up<V>(qs + group * (WORDS / 2) * VECTOR_SIZE, w);
     }
 
     template <int S> COLUMNS_INLINE I dot(const I * w, const column & y, int step, int) const {

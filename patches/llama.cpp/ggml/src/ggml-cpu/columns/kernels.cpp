@@ -126,8 +126,9 @@ static format make_format(std::integer_sequence<int, N...>) {
 const format * find_format(ggml_type type) {
     static const auto   N         = std::make_integer_sequence<int, native::COLUMNS>();
     static const format formats[] = {
-        make_format<q4_0>(N), make_format<q8_0>(N), make_format<q4_K>(N),
-        make_format<q5_K>(N), make_format<q6_K>(N), make_format<iq4_xs>(N),
+        make_format<q4_0>(N), make_format<q4_1>(N), make_format<q5_0>(N), make_format<q5_1>(N),
+        make_format<q8_0>(N), make_format<q2_K>(N), make_format<q3_K>(N), make_format<q4_K>(N),
+        make_format<q5_K>(N), make_format<q6_K>(N), make_format<iq4_nl>(N), make_format<iq4_xs>(N),
     };
     for (const format & format : formats) {
         if (format.type == type) {
