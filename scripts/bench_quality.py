@@ -12,11 +12,11 @@ of what is kept. A method is a name, with settings where they are not its defaul
 answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3`` is a ranking in
 numpy, see kv_prototypes.py; it and the oracle are measured in f16 only. A budget is a number of KV pairs, a share of
 the prompt such as ``1/8``, or a share of the bytes that the whole prompt has in f16, such as ``1/8B``, which is more
-pairs of a smaller KV type. The pages suites take any language model: the page reader is fitted to it, unless --mmproj
-names one. `run` writes each answer as it comes and goes on where an output file ends, so that it may be ended at any
-time. `premise` measures, layer by layer, how much wider hidden states and queries spread in the answer than in the
-prompt. `report` prints Markdown tables: mean score in percent, 95 % interval (Wilson), and plots the score against
-pairs and against bytes.
+pairs of a smaller KV type; with ``--budgets all`` only full caches are measured. The pages suites take any language
+model: the page reader is fitted to it, unless --mmproj names one. `run` writes each answer as it comes and goes on
+where an output file ends, so that it may be ended at any time. `premise` measures, layer by layer, how much wider
+hidden states and queries spread in the answer than in the prompt. `report` prints Markdown tables: mean score in
+percent, 95 % interval (Wilson), and plots the score against pairs and against bytes.
 Needs the ``bench`` extra.
 """
 
@@ -137,6 +137,8 @@ def pair_share(kv_type: str) -> Fraction:
 
 def budget_of(text: str, n_prompt: int, kv_type: str = "f16") -> int:
     """The KV pairs that a budget means for a prompt."""
+    if text == "all":
+        return n_prompt
     if text.endswith("B"):
         return max(2, int(Fraction(text[:-1]) * n_prompt / pair_share(kv_type)))
     return max(2, int(Fraction(text) * n_prompt)) if "/" in text else int(text)

@@ -1,6 +1,6 @@
 """Pages for the page reader, with questions in plain words: receipts, tickets, timetables, forms, price lists, letters.
 
-A page has n x n cells of one character, of which the last in each row stays free. Six tasks are asked about pages:
+A page has n x n cells of one character, of which the last in each row stays free. Five tasks are asked about pages:
 
 ``look-up``
     a value by its name: ``What is the fare on this ticket?`` -> ``48.20``
@@ -12,8 +12,6 @@ A page has n x n cells of one character, of which the last in each row stays fre
     the text, line by line
 ``sum up``
     a sentence about a letter or a ticket, which has to hold its facts
-``count``
-    how many rows there are
 
 Everything follows from a seed, through numpy's frozen ``RandomState``. Needs numpy and pillow.
 
@@ -34,16 +32,15 @@ from page_pictures import FONTS, numbers, paint
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
-TASKS = ("look-up", "which", "list", "transcribe", "sum up", "count")
+TASKS = ("look-up", "which", "list", "transcribe", "sum up")
 _TABLES = ("receipt", "timetable", "prices")  # rows of a name and a value, besides what else there is
 KINDS = (*_TABLES, "ticket", "form", "letter")
 _ASKED = {  # task -> kinds of pages it is asked about
     "look-up": KINDS,
     "which": (*_TABLES, "form"),
     "list": (*_TABLES, "form"),
-    "transcribe": KINDS,
+    "transcribe": ("receipt", "timetable", "prices", "ticket", "form"),  # of letters the model joins the lines
     "sum up": ("ticket", "letter"),
-    "count": _TABLES,
 }
 
 _ITEMS = (
@@ -68,7 +65,7 @@ _MATTERS = ("meeting", "concert", "lecture", "dinner", "workshop", "interview", 
 class PageQuestion:
     """A question about a page.
 
-    items: what has to stand in the answer, in this order or, with `any_order`, anywhere.
+    items: what has to stand in the answer, in this order or, with `any_order`, anywhere; `lines` wants whole lines.
     max_tokens: of an answer.
     """
 
@@ -77,13 +74,17 @@ class PageQuestion:
     items: tuple[str, ...]
     max_tokens: int
     any_order: bool = False
+    lines: bool = False
 
     def score(self, answer: str) -> float:
         """The share of the items that stand in the answer, from 0 to 1.
 
-        Case, punctuation and gaps do not count. A word without digits may differ in one letter of each four begun
-        ones before the last, as the language model spells what it read letter by letter; one with digits may not.
+        Case and the punctuation around words do not count. A word without digits may differ in one letter of every
+        four, as the language model spells what it read letter by letter; one with digits may not. In whole lines
+        gaps do not count either: all digits have to be right, and of the letters three in four.
         """
+        if self.lines:
+            return _lines_found(self.items, answer) / len(self.items)
         said, found, start = _words(answer), 0, 0
         for item in self.items:
             wanted = _words(item)
@@ -103,6 +104,23 @@ def _same(wanted: str, said: str) -> bool:
     if any(char.isdigit() for char in wanted):
         return wanted == said
     return Levenshtein.distance(wanted, said) <= len(wanted) // 4
+
+
+def _lines_found(wanted: Sequence[str], answer: str) -> int:
+    """How many lines are there, in their order."""
+    said, found, start = [_letters_and_digits(line) for line in answer.splitlines()], 0, 0
+    for letters, digits in map(_letters_and_digits, wanted):
+        for i in range(start, len(said)):
+            if said[i][1] == digits and Levenshtein.distance(said[i][0], letters) <= len(letters) // 4:
+                found, start = found + 1, i + 1
+                break
+    return found
+
+
+def _letters_and_digits(line: str) -> tuple[str, str]:
+    """A line without gaps and punctuation: its letters, and its digits with what stands between them."""
+    solid = "".join(line.casefold().split())
+    return "".join(filter(str.isalpha, solid)), "".join(re.findall(r"\d+|(?<=\d)[.:/-](?=\d)", solid))
 
 
 @dataclass(frozen=True)
@@ -152,14 +170,10 @@ class Page:
             return PageQuestion(task, question, values, 16 * len(values))
         if task == "transcribe":
             lines = tuple(line for line in self.text() if _words(line))  # rules are not asked for
-            question = "Copy the text of this page, line by line."
-            return PageQuestion(task, question, lines, 24 * len(lines))
-        if task == "sum up":
-            question = f"Sum up this {self.kind} in one sentence, with all that matters."
-            return PageQuestion(task, question, self.facts[""], 80, any_order=True)
-        counted = {"receipt": "items were bought", "prices": "goods are on the list", "timetable": "trains are listed"}
-        question = f"How many {counted[self.kind]}? Answer with a number only."
-        return PageQuestion(task, question, (str(len(values)),), 8)
+            question = "Copy the text of this page, line by line, with all numbers."
+            return PageQuestion(task, question, lines, 24 * len(lines), lines=True)
+        question = f"Sum up this {self.kind} in one sentence, with all that matters."
+        return PageQuestion(task, question, self.facts[""], 80, any_order=True)
 
 
 def page_for(task: str, seed: int, n_cells: int = 24) -> Page:
@@ -249,7 +263,7 @@ def _ticket(rng: np.random.RandomState, width: int) -> _Made:
         "Booking": _code(rng),
     }
     lines = ["TRAIN TICKET", *_fields(rng, rows, width)]
-    return lines, rows, {"": (start, stop, date, hour)}
+    return lines, rows, {"": (rows["Passenger"], start, stop, hour)}
 
 
 def _form(rng: np.random.RandomState, width: int) -> _Made:
@@ -272,7 +286,7 @@ def _letter(rng: np.random.RandomState, width: int) -> _Made:
     body = f"the {matter} in {city} is on {day} at {hour} in room {room}. Please call {phone} if you cannot come."
     lines = [f"Dear {reader},", *textwrap.wrap(body, width), "Kind regards", writer]
     facts: dict[str, tuple[str, ...]] = {
-        "": (matter, city, day, hour),
+        "": (matter, city, hour, room),
         f"At what time is the {matter}?": (hour,),
         f"In which room is the {matter}?": (room,),
         f"In which city is the {matter}?": (city,),
