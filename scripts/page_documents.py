@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from page_pictures import FONTS, numbers, paint
 from PIL import Image
-from rapidfuzz.distance import Levenshtein
+from rapidfuzz.distance import OSA
 
 TASKS = ("look-up", "which", "list", "transcribe", "sum up")
 _TABLES = ("receipt", "timetable", "prices")  # rows of a name and a value, besides what else there is
@@ -80,8 +80,9 @@ class PageQuestion:
         """The share of the items that stand in the answer, from 0 to 1.
 
         Case and the punctuation around words do not count. A word without digits may differ in one letter of every
-        four, as the language model spells what it read letter by letter; one with digits may not. In whole lines
-        gaps do not count either: all digits have to be right, and of the letters three in four.
+        four, or in a pair of them exchanged, as the language model spells what it read letter by letter; one with
+        digits may not. In whole lines gaps do not count either: all digits have to be right, and of the letters three
+        in four.
         """
         if self.lines:
             return _lines_found(self.items, answer) / len(self.items)
@@ -103,7 +104,7 @@ def _words(text: str) -> list[str]:
 def _same(wanted: str, said: str) -> bool:
     if any(char.isdigit() for char in wanted):
         return wanted == said
-    return Levenshtein.distance(wanted, said) <= len(wanted) // 4
+    return OSA.distance(wanted, said) <= len(wanted) // 4
 
 
 def _lines_found(wanted: Sequence[str], answer: str) -> int:
@@ -111,7 +112,7 @@ def _lines_found(wanted: Sequence[str], answer: str) -> int:
     said, found, start = [_letters_and_digits(line) for line in answer.splitlines()], 0, 0
     for letters, digits in map(_letters_and_digits, wanted):
         for i in range(start, len(said)):
-            if said[i][1] == digits and Levenshtein.distance(said[i][0], letters) <= len(letters) // 4:
+            if said[i][1] == digits and OSA.distance(said[i][0], letters) <= len(letters) // 4:
                 found, start = found + 1, i + 1
                 break
     return found
@@ -170,7 +171,7 @@ class Page:
             return PageQuestion(task, question, values, 16 * len(values))
         if task == "transcribe":
             lines = tuple(line for line in self.text() if _words(line))  # rules are not asked for
-            question = "Copy the text of this page, line by line, with all numbers."
+            question = "Copy the whole page from the first line to the last, line by line, with all numbers."
             return PageQuestion(task, question, lines, 24 * len(lines), lines=True)
         question = f"Sum up this {self.kind} in one sentence, with all that matters."
         return PageQuestion(task, question, self.facts[""], 80, any_order=True)
