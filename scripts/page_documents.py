@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from page_pictures import FONTS, numbers, paint
+from page_pictures import numbers, paint
 from PIL import Image
 from rapidfuzz.distance import OSA
 
@@ -141,10 +141,10 @@ class Page:
     facts: dict[str, tuple[str, ...]]
 
     def picture(self) -> Image.Image:
-        """The picture of the page, 14 pixels a cell."""
+        """The picture of the page, 14 pixels a cell, in a typeface that the page reader knows."""
         n = len(self.lines)
         rng = np.random.RandomState([self.seed, KINDS.index(self.kind), n])
-        return Image.fromarray(paint(rng, numbers(list(self.lines), n), range(len(FONTS))))
+        return Image.fromarray(paint(rng, numbers(list(self.lines), n)))
 
     def text(self) -> list[str]:
         """The lines that are not blank, with single gaps."""

@@ -106,7 +106,7 @@ def numbers(lines: list[str], n_cells: int) -> Bytes:
     return cells
 
 
-def paint(rng: np.random.RandomState, cells: Bytes, fonts: range = range(len(FONTS))) -> Bytes:
+def paint(rng: np.random.RandomState, cells: Bytes, fonts: range = range(len(TRAINED))) -> Bytes:
     """A picture of the cells' characters, [14 n, 14 n, 3], in one of the typefaces, by their numbers in FONTS."""
     n = len(cells)
     side = n * _TILE

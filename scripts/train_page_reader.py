@@ -118,9 +118,17 @@ def loss_of(hidden: Tensor, units: Tensor) -> Tensor:
     return ((entropy + distance) * weight).sum() / weight.sum()
 
 
+def rate_scale(step: int, steps: int, refine: int) -> float:
+    """Learning rate over its peak: a warm-up and a cosine to 1 %, then, to refine, linearly from 30 % to none."""
+    if step >= steps:
+        return 0.3 * (1 - (step - steps) / refine)
+    return min(1.0, (step + 1) / 60) * (0.01 + 0.495 * (1 + math.cos(math.pi * step / steps)))
+
+
 def train(args: argparse.Namespace) -> None:
-    """Muon for the layers' matrices, AdamW for the rest, one cosine; goes on from a checkpoint."""
+    """Muon for the layers' matrices, AdamW for the rest; goes on from a checkpoint."""
     torch.manual_seed(0)
+    last = args.steps + args.refine
     model = PageReader()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "vit" in name]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
@@ -137,10 +145,10 @@ def train(args: argparse.Namespace) -> None:
         first = saved["step"]
     # A short queue: the producer waits for the trainer, not the other way round.
     queue: multiprocessing.Queue[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = multiprocessing.Queue(4)
-    multiprocessing.Process(target=produce, args=(queue, first, args.steps), daemon=True).start()
+    multiprocessing.Process(target=produce, args=(queue, first, last), daemon=True).start()
     start = time.monotonic()
-    for step in range(first, args.steps):
-        scale = min(1.0, (step + 1) / 60) * (0.01 + 0.495 * (1 + math.cos(math.pi * step / args.steps)))
+    for step in range(first, last):
+        scale = rate_scale(step, args.steps, args.refine)
         for optimizer, peak in peaks:
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
@@ -161,7 +169,7 @@ def train(args: argparse.Namespace) -> None:
             inked = (units != 0) & (units != LINE_BREAK)
             right = (hidden.argmax(-1) == units)[inked].float().mean().item()
             print(f"{step} loss {loss.item():.3f} right {right:.4f} {time.monotonic() - start:.0f} s", flush=True)
-        if step % 50 == 49 or step == args.steps - 1:
+        if step % 50 == 49 or step == last - 1:
             state = {"muon": muon.state_dict(), "adam": adam.state_dict(), "step": step + 1}
             torch.save({"model": model.state_dict(), **state}, args.checkpoint)
 
@@ -238,6 +246,7 @@ def main() -> None:
         command.add_argument("--checkpoint", type=Path, default=Path("page.pt"))
         if name == "train":
             command.add_argument("--steps", type=int, default=2000)
+            command.add_argument("--refine", type=int, default=0, help="further steps at a lower rate (default 0)")
         if name == "eval":
             command.add_argument("--pages", type=int, default=120, help="held-out pages of each kind (default 120)")
         if name == "export":
