@@ -143,7 +143,7 @@ def test_pages_are_nearest_to_their_characters(demo: Path, tmp_path: Path, n_cel
             distances = np.square(embeddings[:, None] - rows[None]).sum(-1)
             units = wanted(numbers(list(page.lines), n_cells))
             right.append((distances.argmin(-1) == units)[units > 0].mean())
-    assert np.mean(right) > 0.98
+    assert np.mean(right) > 0.96
 
 
 def test_the_tower_is_no_mmproj_by_itself(demo: Path) -> None:
