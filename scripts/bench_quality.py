@@ -2,16 +2,21 @@
 
     python scripts/bench_quality.py run --suite demo --cases 100 --out demo.jsonl
     python scripts/bench_quality.py run --suite text -m MODEL --tokens 500 1000 2000 --cases 12 --out text.jsonl
+    python scripts/bench_quality.py run --suite pages -m MODEL --cases 60 --kv-types f16 q8_0/q4_0 --out pages.jsonl
     python scripts/bench_quality.py premise --suite demo --cases 20
     python scripts/bench_quality.py report demo.jsonl text.jsonl --csv quality.csv --plots docs/quality
 
 A prompt is decoded once; every method and budget then selects from the same cache and answers greedily on its own copy
 of what is kept. A method is a name, with settings where they are not its defaults: ``paper:gamma=3,observed=0.5``.
 ``full`` and ``oracle`` are always measured: the oracle ranks by the attention of the queries that the full cache's
-answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3``
-is a ranking in numpy, see kv_prototypes.py. A budget is a number of KV pairs, or a share of the prompt such as ``1/8``.
-`run` goes on where an output file ends. `premise` measures, layer by layer, how much wider hidden states and queries
-spread in the answer than in the prompt. `report` prints Markdown tables: mean score in percent, 95 % interval (Wilson).
+answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3`` is a ranking in
+numpy, see kv_prototypes.py; it and the oracle are measured in f16 only. A budget is a number of KV pairs, a share of
+the prompt such as ``1/8``, or a share of the bytes that the whole prompt has in f16, such as ``1/8B``, which is more
+pairs of a smaller KV type; with ``--budgets all`` only full caches are measured. The pages suites take any language
+model: the page reader is fitted to it, unless --mmproj names one. `run` writes each answer as it comes and goes on
+where an output file ends, so that it may be ended at any time. `premise` measures, layer by layer, how much wider
+hidden states and queries spread in the answer than in the prompt. `report` prints Markdown tables: mean score in
+percent, 95 % interval (Wilson), and plots the score against pairs and against bytes.
 Needs the ``bench`` extra.
 """
 
@@ -21,21 +26,24 @@ import argparse
 import csv
 import json
 import os
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 from intervals import wilson
 from kv_methods import configured
 from kv_prototypes import Answered, Ranking, oracle, prototype
-from quality_tasks import SUITES, Case, cases
+from page_reader import write_mmproj
+from quality_tasks import PAGE_CELLS, SUITES, Case, cases
 from tqdm import tqdm
 
 from edge_shiftkv.engine import Captured, Engine, Prefilled
@@ -48,7 +56,11 @@ from edge_shiftkv.selection.methods import Method
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 METHODS = ("mixed", "paper", "snapkv", "keydiff", "expected-attention", "streamingllm", "random")
-BUDGETS = {"demo": "16 32 64 128 1/8 1/2", "text": "64 128 256 1/8 1/4 1/2"}
+BUDGETS = {
+    "demo": "16 32 64 128 1/8 1/2",
+    "text": "64 128 256 1/8 1/4 1/2",
+    "pages": "64 128 256 512 1/16B 1/8B 1/4B 1/2B",
+}
 PROTOTYPE = "prototype:"
 BATCH = 64  # of a context that decodes: a second question is more than one token
 
@@ -58,9 +70,11 @@ Row = dict[str, Any]
 class Asker:
     """A model that answers in contexts of its caller's."""
 
-    def __init__(self, model: Path, mmproj: Path | None, n_threads: int) -> None:
+    def __init__(self, model: Path, mmproj: Path | None, n_threads: int, kv_type: str = "f16") -> None:
         self.path = model
-        self.engine = Engine(model, mmproj, n_threads=n_threads)
+        self.kv_type = kv_type
+        type_k, type_v = kv_types(kv_type)
+        self.engine = Engine(model, mmproj, n_threads=n_threads, type_k=type_k, type_v=type_v)
 
     def close(self) -> None:
         """Free everything."""
@@ -109,8 +123,24 @@ class Asker:
         return b"".join(map(model.piece, tokens)).decode(errors="replace").strip(), n_decoded
 
 
-def budget_of(text: str, n_prompt: int) -> int:
+def kv_types(text: str) -> tuple[str, str]:
+    """The types of keys and values that ``q8_0`` or ``q8_0/q4_0`` stand for."""
+    type_k, _, type_v = text.partition("/")
+    return type_k, type_v or type_k
+
+
+def pair_share(kv_type: str) -> Fraction:
+    """The bytes of a KV pair, as a share of those in f16."""
+    blocks = [gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] for name in kv_types(kv_type)]
+    return sum((Fraction(size, n) for n, size in blocks), Fraction(0)) / 4
+
+
+def budget_of(text: str, n_prompt: int, kv_type: str = "f16") -> int:
     """The KV pairs that a budget means for a prompt."""
+    if text == "all":
+        return n_prompt
+    if text.endswith("B"):
+        return max(2, int(Fraction(text[:-1]) * n_prompt / pair_share(kv_type)))
     return max(2, int(Fraction(text) * n_prompt)) if "/" in text else int(text)
 
 
@@ -134,13 +164,21 @@ def ask(
     methods: dict[str, Method],
     prototypes: dict[str, Ranking],
     budgets: Sequence[str],
+    done: Set[tuple[str, str]],
 ) -> Iterator[Row]:
-    """All answers to one case."""
+    """All answers to one case but those of the methods and budgets that are done."""
     with closing(asker.prompt(case)) as prompt:
         n_prompt = prompt.n_tokens
         second = asker.second(case, prompt) if case.second_prompt else []
         room = case.max_tokens + len(second) + 1
-        common = {"suite": suite, "task": case.task, "seed": case.seed, "n_prompt": n_prompt}
+        sizes = [(text, budget_of(text, n_prompt, asker.kv_type)) for text in budgets]
+        sizes = [(text, size) for text, size in sizes if size < n_prompt]
+        todo = {(label, text) for label in methods for text, _ in sizes} - done
+        wanted = {(label, text) for label in prototypes for text, _ in sizes} - done if not second else set()
+        if not todo and not wanted and ("full", "all") in done:
+            return
+        common = {"suite": suite, "task": case.task, "seed": case.seed, "n_prompt": n_prompt, "kv": asker.kv_type}
+        bytes_share = float(pair_share(asker.kv_type)) / n_prompt
         prefilled = asker.read(prompt, room)
         with closing(prefilled.context) as large:
             first = int(large.logits().argmax())
@@ -154,23 +192,28 @@ def ask(
             def on_kept(label: str, budget: str, n_budget: int, seconds: float) -> Row:
                 with closing(asker.engine.context(n_budget + room, BATCH)) as small:
                     text, _ = answer_in(small, prefilled.hand_over(small))
-                row = {"method": label, "budget": budget, "n_budget": n_budget, "select_s": seconds}
-                return {**common, **row, "score": case.score(text), "answer": text}
+                return row(label, budget, n_budget, seconds, text)
 
-            sizes = [(text, budget_of(text, n_prompt)) for text in budgets]
-            sizes = [(text, size) for text, size in sizes if size < n_prompt]
+            def row(label: str, budget: str, n_budget: int, seconds: float, text: str) -> Row:
+                cut = {"method": label, "budget": budget, "n_budget": n_budget, "bytes": n_budget * bytes_share}
+                return {**common, **cut, "select_s": seconds, "score": case.score(text), "answer": text}
+
             for label, chosen in methods.items():
                 for text, size in sizes:
+                    if (label, text) not in todo:
+                        continue
                     started = time.perf_counter()
                     prefilled.select(chosen, size)
                     yield on_kept(label, text, size, time.perf_counter() - started)
-            text, n_decoded = answer_in(large, prefilled.position)
-            row = {"method": "full", "budget": "all", "n_budget": n_prompt, "select_s": 0.0}
-            yield {**common, **row, "score": case.score(text), "answer": text}
-            if not second and n_decoded:
+            answer, n_decoded = answer_in(large, prefilled.position)
+            if ("full", "all") not in done:
+                yield row("full", "all", n_prompt, 0.0, answer)
+            if wanted and n_decoded:
                 answered = Answered(large, asker.path, n_prompt, n_decoded)
                 for label, ranking in prototypes.items():
                     for text, size in sizes:
+                        if (label, text) not in wanted:
+                            continue
                         prefilled.select(Prototyped(ranking, answered), size)
                         yield on_kept(label, text, size, 0.0)
 
@@ -183,7 +226,8 @@ def spread(rows: npt.NDArray[np.float32]) -> float:
 def premise(args: argparse.Namespace) -> None:
     """Print the spread in the answer over that in the prompt: medians over the answers of 8 tokens or more."""
     ratios: dict[int, list[tuple[float, ...]]] = defaultdict(list)
-    with closing(asker_of(args)) as asker:
+    with ExitStack() as stack:
+        asker = asker_of(args, stack)
         for case in tqdm(list(cases(args.suite, args.cases, args.first_seed, args.tokens)), unit="case"):
             with closing(asker.prompt(case)) as prompt, ExitStack() as resources:
                 prefilled = asker.read(prompt, case.max_tokens)
@@ -208,30 +252,61 @@ def premise(args: argparse.Namespace) -> None:
         print(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in np.median(rows, axis=0)) + " |")
 
 
-def asker_of(args: argparse.Namespace) -> Asker:
-    """The model that a suite is asked with."""
+def parts(args: argparse.Namespace, stack: ExitStack) -> tuple[Path, Path | None]:
+    """The model and the mmproj that a suite is asked with."""
     if args.suite.startswith("demo"):
-        return Asker(args.model or DEMO / "demo-text-q8_0.gguf", DEMO / "demo-mmproj-f16.gguf", args.threads)
+        return args.model or DEMO / "demo-text-q8_0.gguf", DEMO / "demo-mmproj-f16.gguf"
     if not args.model:
-        raise SystemExit("a text suite needs a model: -m FILE.gguf")
-    return Asker(args.model, None, args.threads)
+        raise SystemExit("a suite of texts or pages needs a language model: -m FILE.gguf")
+    if args.suite not in PAGE_CELLS or args.mmproj:
+        return args.model, args.mmproj
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    write_mmproj(args.model, folder / "page-reader.gguf", PAGE_CELLS[args.suite])
+    return args.model, folder / "page-reader.gguf"
+
+
+def asker_of(args: argparse.Namespace, stack: ExitStack) -> Asker:
+    """What a suite is asked with, to be closed with the stack."""
+    return stack.enter_context(closing(Asker(*parts(args, stack), args.threads)))
 
 
 def run(args: argparse.Namespace) -> None:
     """Ask what was not asked before, and append the answers to the file."""
-    kind = "demo" if args.suite.startswith("demo") else "text"
+    kind = args.suite.split("-")[0]
+    budgets = args.budgets or BUDGETS[kind].split()
     methods = {text: configured(text) for text in args.methods if not text.startswith(PROTOTYPE)}
     prototypes = {text: prototype(text[len(PROTOTYPE) :]) for text in args.methods if text.startswith(PROTOTYPE)}
     prototypes["oracle"] = oracle
-    done = {(row["suite"], row["task"], row["seed"]) for row in read([args.out])} if args.out.exists() else set()
-    todo = list(cases(args.suite, args.cases, args.first_seed, args.tokens))
-    todo = [case for case in todo if (args.suite, case.task, case.seed) not in done]
-    with closing(asker_of(args)) as asker, args.out.open("a") as out:
-        for case in tqdm(todo, unit="case"):
-            budgets = args.budgets or BUDGETS[kind].split()
-            rows = list(ask(asker, args.suite, case, methods, prototypes, budgets))
-            out.writelines(json.dumps(row) + "\n" for row in rows)  # whole cases only: a file can be gone on with
-            out.flush()
+    done: dict[tuple[Any, ...], set[tuple[str, str]]] = defaultdict(set)
+    if args.out.exists():
+        drop_torn_line(args.out)
+        for row in read([args.out]):
+            key = row["suite"], row["task"], row["seed"], row.get("kv", "f16")
+            done[key].add((row["method"], row["budget"]))
+    todo = [case for case in cases(args.suite, args.cases, args.first_seed, args.tokens) if wanted(case, args.tasks)]
+    with ExitStack() as stack, args.out.open("a") as out:
+        model, mmproj = parts(args, stack)
+        progress = stack.enter_context(tqdm(total=len(todo) * len(args.kv_types), unit="case"))
+        for kv_type in args.kv_types:
+            ranked = prototypes if kv_type == "f16" else {}
+            with closing(Asker(model, mmproj, args.threads, kv_type)) as asker:
+                for case in todo:
+                    before = done[args.suite, case.task, case.seed, kv_type]
+                    for row in ask(asker, args.suite, case, methods, ranked, budgets, before):
+                        out.write(json.dumps(row) + "\n")
+                        out.flush()
+                    progress.update()
+
+
+def wanted(case: Case, tasks: Sequence[str] | None) -> bool:
+    """Whether a case is of the tasks that were asked for."""
+    return tasks is None or case.task in tasks
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off what was being written when a run was ended."""
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read(paths: Iterable[Path]) -> Iterator[Row]:
@@ -262,11 +337,16 @@ class Mean:
 def report(args: argparse.Namespace) -> None:
     """Tables by suite and task, a CSV file and plots."""
     groups: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    shares: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     order: dict[str, float] = {}
     for row in read(args.files):
         tasks = [row["task"]] if row["suite"].endswith("second") else ["all tasks", row["task"]]
+        kv_type = row.get("kv", "f16")
+        method = row["method"] if kv_type == "f16" else f"{row['method']}, {kv_type}"
         for task in tasks:
-            groups[row["suite"], task][row["method"], row["budget"]].append(row["score"])
+            groups[row["suite"], task][method, row["budget"]].append(row["score"])
+            if "bytes" in row:
+                shares[row["suite"], task][method, row["budget"]].append(row["bytes"])
         order[row["budget"]] = max(order.get(row["budget"], 0), row["n_budget"])
     written: list[list[object]] = []
     for (suite, task), scores in groups.items():
@@ -274,19 +354,26 @@ def report(args: argparse.Namespace) -> None:
         budgets = sorted(
             {budget for _, budget in means if budget != "all"}, key=lambda text: ("/" in text, order[text])
         )
-        methods = list(dict.fromkeys(name for name, _ in means if name != "full"))
-        full = means["full", "all"]
+        methods = list(dict.fromkeys(name for name, budget in means if budget != "all"))
+        bytes_of = {key: sum(values) / len(values) for key, values in shares[suite, task].items()}
+        whole = {name: m for (name, budget), m in means.items() if budget == "all"}
+        full = next(iter(whole.values()))
         print(f"\n**{suite}, {task}**: full cache {full}, n = {full.n}\n")
+        for name, m in list(whole.items())[1:]:
+            print(f"{name}: {m} at {bytes_of[name, 'all']:.2f} of the bytes, n = {m.n}\n")
         print("| method | " + " | ".join(budgets) + " |\n| --- " + "| ---: " * len(budgets) + "|")
         for name in methods:
             print(f"| {name} | " + " | ".join(str(means.get((name, budget), "")) for budget in budgets) + " |")
-        written += [[suite, task, *key, m.n, m.mean, m.low, m.high] for key, m in means.items()]
+        written += [[suite, task, *key, bytes_of.get(key, ""), m.n, m.mean, m.low, m.high] for key, m in means.items()]
         if args.plots:
-            plot(args.plots / f"{suite}-{task.replace(' ', '-')}.png", suite, task, means, methods, budgets)
+            name = f"{suite}-{task.replace(' ', '-')}"
+            plot(args.plots / f"{name}.png", suite, task, means, methods, budgets)
+            if bytes_of:
+                plot_bytes(args.plots / f"{name}-bytes.png", suite, task, means, bytes_of)
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["suite", "task", "method", "budget", "n", "mean", "low", "high"])
+            writer.writerow(["suite", "task", "method", "budget", "bytes", "n", "mean", "low", "high"])
             writer.writerows(written)
 
 
@@ -309,10 +396,30 @@ def plot(
         points = [(int(budget), means[name, budget]) for budget in numbers if (name, budget) in means]
         style = "k--" if name == "oracle" else "o-"
         axes.plot([x for x, _ in points], [100 * m.mean for _, m in points], style, label=name, markersize=4)
-    axes.axhline(100 * means["full", "all"].mean, color="black", linewidth=1, label="full cache")
+    if ("full", "all") in means:
+        axes.axhline(100 * means["full", "all"].mean, color="black", linewidth=1, label="full cache")
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(budget) for budget in numbers], numbers)
     axes.set(xlabel="KV pairs per layer and KV head", ylabel="score, %", ylim=(0, 100), title=f"{suite}: {task}")
+    figure.legend(fontsize="small", loc="outside right upper")
+    figure.savefig(path, dpi=110)
+
+
+def plot_bytes(
+    path: Path, suite: str, task: str, means: dict[tuple[str, str], Mean], bytes_of: dict[tuple[str, str], float]
+) -> None:
+    """Score against bytes, one line a method and KV type; full caches are its ends."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(name for name, _ in means):
+        points = sorted((share, means[key].mean) for key, share in bytes_of.items() if key[0] == name)
+        style = "*" if name.startswith("full") else "o-"
+        axes.plot([x for x, _ in points], [100 * y for _, y in points], style, label=name, markersize=5)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="bytes, as a share of the full cache in f16", ylabel="score, %", ylim=(0, 100))
+    axes.set_title(f"{suite}: {task}")
     figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=110)
 
@@ -328,13 +435,16 @@ def main() -> None:
         command.set_defaults(run=function)
         command.add_argument("--suite", choices=SUITES, required=True)
         command.add_argument("-m", "--model", type=Path, help="default: the shipped model, which has the demo suites")
+        command.add_argument("--mmproj", type=Path, help="of a pages suite (default: the page reader, fitted to it)")
         command.add_argument("--cases", type=int, default=20, help="of each task (default 20)")
         command.add_argument("--first-seed", type=int, default=0)
         command.add_argument("--tokens", type=int, nargs="+", default=[1000], help="of the texts (default 1000)")
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
         if name == "run":
             command.add_argument("--out", type=Path, required=True, help="JSON lines")
-            command.add_argument("--methods", nargs="+", default=list(METHODS))
+            command.add_argument("--tasks", nargs="+", help="only these")
+            command.add_argument("--methods", nargs="*", default=list(METHODS))
+            command.add_argument("--kv-types", nargs="+", default=["f16"], help="such as f16 q8_0 q8_0/q4_0 q4_0")
             command.add_argument("--budgets", nargs="+")
     command = commands.add_parser("report", help="tables and plots of result files")
     command.set_defaults(run=report)

@@ -5,6 +5,7 @@ They see a context in which a prompt and its answer were decoded, and are given 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -27,6 +28,11 @@ N_LAYER_REPEAT = 2
 MASS = 0.95
 
 
+@functools.lru_cache(maxsize=1)
+def _file(path: Path) -> Any:
+    return gguf.GGUFReader(path)  # which takes seconds for a large vocabulary
+
+
 class Answered:
     """A context with a prompt of `n_prompt` tokens and the `n_decoded` tokens of its answer that were decoded.
 
@@ -38,7 +44,7 @@ class Answered:
         self.n_decoded = n_decoded
         self.layers = shiftkv.layers(context)
         self._context = context
-        self._gguf = gguf.GGUFReader(path)
+        self._gguf = _file(path)
         self._tensors = {tensor.name: tensor for tensor in self._gguf.tensors}
         rope = llama.llama_model_rope_type(llama.llama_get_model(context.pointer))
         if rope not in (llama.LLAMA_ROPE_TYPE_NORM, llama.LLAMA_ROPE_TYPE_NEOX):

@@ -1,8 +1,9 @@
 """What the quality bench asks: cases of a prompt, a question and the exact answer, each from a seed.
 
 Suites: ``demo`` and ``demo-second`` are pictures for the shipped model (`demo_documents`); ``text`` and ``text-second``
-are texts for any chat model, of about the number of tokens asked for. In the second ones the cache is cut for one
-question, which gets its right answer, and another one is asked on what was kept.
+are texts for any chat model, of about the number of tokens asked for; ``pages`` and ``pages-second`` are pages of 24 x
+24 cells for a language model with the page reader (`page_documents`), ``pages-32`` larger ones. In the second ones the
+cache is cut for one question, which gets its right answer, and another one is asked on what was kept.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from demo_documents import Question, make_document
+from page_documents import TASKS as PAGE_TASKS
+from page_documents import page_for
 from PIL import Image
 
-SUITES = ("demo", "demo-second", "text", "text-second")
+PAGE_CELLS = {"pages": 24, "pages-second": 24, "pages-32": 32}
+SUITES = ("demo", "demo-second", "text", "text-second", *PAGE_CELLS)
 TEXT_TASKS = ("code", "codes", "table", "story")
 
 
@@ -24,6 +28,7 @@ class Case:
     """One question, or a question and a second one whose answer counts.
 
     items: what has to stand in the answer, in this order. exact: whether the answer may hold nothing else.
+    judge: scores answers instead.
     """
 
     task: str
@@ -35,9 +40,12 @@ class Case:
     exact: bool = False
     first_answer: str = ""
     second_prompt: str = ""
+    judge: Callable[[str], float] | None = None
 
     def score(self, answer: str) -> float:
         """The share of the items that are there, from 0 to 1; 0 or 1 where the answer has to be exact."""
+        if self.judge:
+            return self.judge(answer)
         if self.exact:
             return float(answer == self.items[0])
         found, start = 0, 0
@@ -62,6 +70,12 @@ def cases(suite: str, n: int, first_seed: int = 0, n_tokens: Sequence[int] = (10
                 yield _TEXT[task](seed, n_tokens[seed % len(n_tokens)])
         elif suite == "text-second":
             yield _two_codes(seed, n_tokens[seed % len(n_tokens)])
+        elif suite == "pages-second":
+            yield _two_about_page(seed, "look-up")
+            yield _two_about_page(seed, "list")
+        elif suite in PAGE_CELLS:
+            for task in PAGE_TASKS:
+                yield _about_page(seed, task, PAGE_CELLS[suite])
         else:
             raise ValueError(f"unknown suite {suite!r}, expected one of {SUITES}")
 
@@ -87,6 +101,28 @@ def _two_about_document(seed: int) -> Case:
         exact=True,
         first_answer=first.answer,
         second_prompt=second.question,
+    )
+
+
+def _about_page(seed: int, task: str, n_cells: int) -> Case:
+    page = page_for(task, seed, n_cells)
+    item = page.ask(task)
+    return Case(task, seed, (page.picture(),), item.question, item.items, item.max_tokens, judge=item.score)
+
+
+def _two_about_page(seed: int, task: str) -> Case:
+    page = page_for(task, seed, PAGE_CELLS["pages-second"])
+    first, second = page.ask("look-up"), page.ask(task, 1)
+    return Case(
+        f"{task} after look-up",
+        seed,
+        (page.picture(),),
+        first.question,
+        second.items,
+        second.max_tokens,
+        first_answer=first.items[0],
+        second_prompt=second.question,
+        judge=second.score,
     )
 
 

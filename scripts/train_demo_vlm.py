@@ -97,7 +97,7 @@ class Block(nn.Module):
             v = v.repeat_interleave(self.heads // self.kv_heads, 2)
         q, k, v = q.transpose(1, 2) * self.head**-0.5, k.permute(0, 2, 3, 1), v.transpose(1, 2)
         if masks is None:
-            out = functional.softmax(q @ k, -1, dtype=q.dtype) @ v
+            out = functional.scaled_dot_product_attention(q, k.transpose(-1, -2), v, scale=1.0)
         else:
             # Prefix tokens see the prefix only: two products are cheaper than one over everything.
             prefix, segments = masks
