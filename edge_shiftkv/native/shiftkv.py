@@ -59,6 +59,7 @@ class Info(ctypes.Structure):
     n_past: int
     kv_bytes_prompt: int
     kv_bytes_kept: int
+    bytes_moved: int
 
     _fields_ = [
         ("n_prompt", ctypes.c_uint32),
@@ -67,6 +68,7 @@ class Info(ctypes.Structure):
         ("n_past", ctypes.c_int32),
         ("kv_bytes_prompt", ctypes.c_size_t),
         ("kv_bytes_kept", ctypes.c_size_t),
+        ("bytes_moved", ctypes.c_size_t),
     ]
 
 

@@ -105,7 +105,8 @@ def test_same_as_with_all_layers(load: Load, case: Case) -> None:
         read_by_layer(by_layer, case, settings, small)
         np.testing.assert_array_equal(by_layer.logits(), logits)
         assert by_layer.all_kept() == usual.all_kept()
-        for name, _ in usual.info()._fields_:
+        # Each layer's inputs are uploaded anew.
+        for name in {name for name, _ in usual.info()._fields_} - {"bytes_moved"}:
             assert getattr(by_layer.info(), name) == getattr(usual.info(), name), name
         if case.budget < case.n_prompt:
             for layer in usual.layers():

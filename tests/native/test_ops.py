@@ -36,13 +36,13 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("type_src=i32,type_dst=i32,", *(f"type_src={t},type_dst={t},.*_src_transpose=1" for t in TRANSPOSED)),
     ),
     "cumsum": ("CUMSUM", FLOAT),
+    "div": ("DIV", ("type=f32,(?!.*perm1=1)",)),
     # Keys and values become numbers by it.
     "get_rows": ("GET_ROWS", ("type=f32,n=1,", "type=i32,.*v=0", *(f"type={kind},.*v=0" for kind in KV_TYPES))),
     "l2_norm": ("L2_NORM", FLOAT),
     "mul": ("MUL", ("type=f32,(?!.*perm1=1)",)),
     # Keys by head lie between those of other heads.
     "mul_mat": ("MUL_MAT", tuple(rf"type_a={kind},type_b=f32,.*per=\[0,2,1,3\]" for kind in KV_TYPES)),
-    "neg": ("NEG", PLAIN),
     "repeat_4d": ("REPEAT", FLOAT),
     "scale": ("SCALE", FLOAT),
     "scale_bias": ("SCALE", ("type=f32,.*bias=1",)),
@@ -60,7 +60,9 @@ have to match; each expression at least one, all of which the backend has to sup
 
 NO_OPERATIONS = re.compile(
     r"backend_.*|new_tensor(_\dd)?|view_\dd|reshape_\dd|permute|transpose|set_(input|output)|prec_set_acc|build_forward_expand"
-    r"|set_abort_callback|print_backtrace|time_us"
+    r"|custom_(4d|inplace)"  # for keys in host memory only
+    r"|graph_(node|n_nodes|size|overhead_custom)|new_graph_custom|build_forward_order|nrows|set_name"
+    r"|op_desc|type_name|set_abort_callback|print_backtrace|time_us"
     r"|init|tensor_overhead|format_name|op_name|get_unary_op|is_contiguous|nbytes|nelements|get_type_traits|row_size|type_size|blck_size"
 )
 

@@ -61,6 +61,7 @@ c_capture = c_function("capture", _i32, _pointer, _i32, _u32)
 c_capture_end = c_function("capture_end", _i32, _pointer)
 c_select = c_function("select", _i32, _pointer, _pointer)
 c_select_scores = c_function("select_scores", _i32, _pointer, _pointer, _pointer, _size)
+c_select_size = c_function("select_size", ctypes.c_int64, _pointer, _pointer, _u32)
 c_compact = c_function("compact", _i32, _pointer, _pointer, _i32)
 c_by_layer = c_function("by_layer", _i32, _pointer, _u32, _u32)
 c_next_layer = c_function("next_layer", _i32, _pointer, _pointer, _pointer, _size, _pointer, _i32)
@@ -295,6 +296,11 @@ class Context:
         status: int = c_select(self.pointer, ctypes.addressof(settings))
         return status
 
+    def select_size(self, settings: Params, n_prompt: int) -> int:
+        """llama_shiftkv_select_size()."""
+        size: int = c_select_size(self.pointer, ctypes.addressof(settings), n_prompt)
+        return size
+
     def select_scores(self, settings: Params, scores: Array) -> int:
         """llama_shiftkv_select_scores() by scores of all layers: [n_layer, n_head_kv, n_prompt], or the same flat."""
         flat = np.ascontiguousarray(scores, np.float32)
@@ -394,14 +400,14 @@ def assert_same(values: Array, expected: Array) -> None:
 
 
 @contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable that llama.cpp reads."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def environment(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable that the library reads; None: none of that name."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
+        os.environ.pop(name, None)
+        if before is not None:
             os.environ[name] = before

@@ -105,8 +105,8 @@ def expected(view: View, settings: Mapping[str, int]) -> tuple[Array, Array]:
     logits = []
     for head in range(queries.shape[1]):
         k = keys[head * n_head_kv // queries.shape[1], n_sink:]
-        centred = selection.rounded(queries[:, head] - mean[head], context.type_k)
-        linear = k @ selection.rounded(mean[head : head + 1], context.type_k)[0]
+        centred = selection.rounded(queries[:, head] - mean[head], context.type_k, by_graph=True)
+        linear = k @ selection.rounded(mean[head : head + 1], context.type_k, by_graph=True)[0]
         logits.append(linear + np.mean((centred @ k.T) ** 2, axis=0) / 2)
     attention = np.exp(logits - np.max(logits, axis=1, keepdims=True))
     attention /= attention.sum(axis=1, keepdims=True)

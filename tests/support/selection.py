@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -20,6 +21,9 @@ EPSILON = 2e-2 if GPU_LAYERS else 5e-4
 On the CPU products are summed in single precision, and the query is rounded to what the keys' type is multiplied with,
 which the reference repeats; `open_weights` has what that leaves open. GPU backends round elsewhere.
 """
+
+ON_HOST = not GPU_LAYERS and "LLAMA_SHIFTKV_GRAPH" not in os.environ
+"""Whether attention is summed by the kernel for keys in host memory, not by llama.cpp's operations."""
 
 _NOISE = 1e-6
 """How much a number of a query may differ, of the query's size: sums of a few hundred products in single precision."""
@@ -71,10 +75,10 @@ def rankings(
         yield layer, ranking, replace(error, last=np.maximum(error.last, last))
 
 
-def rounded(queries: Array, type_k: str) -> Array:
-    """Queries as the CPU backend multiplies them with keys of a type."""
+def rounded(queries: Array, type_k: str, *, by_graph: bool = not ON_HOST) -> Array:
+    """Queries as the CPU backend multiplies them with keys of a type; our own kernel leaves them as they are."""
     kind = _MULTIPLIED_WITH.get(type_k)
-    if kind is None or GPU_LAYERS:
+    if kind is None or GPU_LAYERS or not by_graph:
         return queries
     quant = gguf.GGMLQuantizationType[kind]
     return gguf.quants.dequantize(gguf.quants.quantize(queries.astype(np.float32), quant), quant)
@@ -85,7 +89,7 @@ def open_weights(queries: Array, k: Array, type_k: str, attention: Array, scale:
 
     A number as good as halfway between two of its type may become either one.
     """
-    if type_k not in _MULTIPLIED_WITH or GPU_LAYERS:
+    if type_k not in _MULTIPLIED_WITH or GPU_LAYERS or ON_HOST:
         return 0 * attention
     size = _NOISE * np.sqrt(np.mean(np.square(queries), axis=-1, keepdims=True))
     nearby = (queries - size, queries + size, queries * (1 - _NOISE), queries * (1 + _NOISE))

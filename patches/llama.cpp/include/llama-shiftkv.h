@@ -90,7 +90,7 @@ struct llama_shiftkv_params {
 
     // of MM-ShiftKV
     uint32_t n_proxy;        // N: sampled query proxies (a multiple of n_group, up to 4096)
-    uint32_t n_group;        // G: voting groups (with the prompt's keys and the KV heads up to 2^28 numbers)
+    uint32_t n_group;        // G: voting groups
     uint32_t n_stat;         // last prompt tokens that the hidden-state statistics are taken over
     uint32_t n_layer_repeat; // first layers whose proxies repeat the last hidden state instead of sampling
     uint32_t n_repeat;       // proxies of such a layer, in one group
@@ -109,6 +109,8 @@ struct llama_shiftkv_info {
     llama_pos n_past;          // the position after the prompt, which decoding goes on at
     size_t    kv_bytes_prompt; // bytes of the prompt's KV pairs, over all layers, before ...
     size_t    kv_bytes_kept;   // ... and after the cut (the window caches of sliding-window layers are kept whole)
+    size_t    bytes_moved;     // between the host and the KV cache's devices, or within the host: inputs of the selection, and what
+                               // it read back; without the indices of the kept pairs, and the scores where they were asked for
 };
 
 // A method's settings as published, with budget 0 (to be set by the caller). n_group is 16, the value for LLaVA; 32 for Qwen2.5-VL.
@@ -132,7 +134,12 @@ LLAMA_API int32_t llama_shiftkv_capture_end(struct llama_context * ctx);
 // length keeps everything. Errors: ARGUMENT, NOT_CAPTURING, EMPTY, STALE, COMPUTE.
 LLAMA_API int32_t llama_shiftkv_select(struct llama_context * ctx, const struct llama_shiftkv_params * params);
 
-// The same by the caller's scores, higher is better, of the params only those of every method are looked at. scores: for each layer
+// The bytes that llama_shiftkv_select() takes beside the KV cache, for tensors on its devices: the largest graph's, and those that stay
+// from one graph to the next. For a prompt of n_prompt tokens, at most the context's size. Computes nothing.
+// Errors: ARGUMENT, NOT_CAPTURING, COMPUTE.
+LLAMA_API int64_t llama_shiftkv_select_size(struct llama_context * ctx, const struct llama_shiftkv_params * params, uint32_t n_prompt);
+
+// Select by the caller's scores, higher is better, of the params only those of every method are looked at. scores: for each layer
 // that llama_shiftkv_get_layers() would name, [n_head_kv][n_prompt], all layers one after the other; n_scores is how many in all.
 // -inf is below everything else, of equal scores the earlier token's counts more. Errors: also ARGUMENT for another n_scores and for NaN.
 LLAMA_API int32_t llama_shiftkv_select_scores(struct llama_context * ctx, const struct llama_shiftkv_params * params, const float * scores, size_t n_scores);

@@ -16,6 +16,9 @@
 // nodes and leaves that capture adds to a graph: 14 a layer, and its inputs
 static constexpr uint32_t SHIFTKV_NODES_LAYER = 16;
 
+// the largest graph of a selection, in a model so small that its own needs less
+static constexpr uint32_t SHIFTKV_NODES_SELECT = 1024;
+
 static bool is_tanh(const ggml_tensor * t) {
     return t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_TANH;
 }
@@ -255,7 +258,7 @@ void llama_shiftkv_prefill::end() {
 }
 
 uint32_t llama_shiftkv_prefill::n_nodes() const {
-    return SHIFTKV_NODES_LAYER*(layers.size() + 1);
+    return SHIFTKV_NODES_LAYER*(layers.size() + 1) + SHIFTKV_NODES_SELECT;
 }
 
 llm_graph_cb llama_shiftkv_prefill::graph_cb(llm_graph_cb next, llm_graph_result * res, const llama_memory_context_i * mctx) {
@@ -473,17 +476,20 @@ int32_t llama_shiftkv_prefill::collect_with_query(std::vector<llama_shiftkv_cach
     return status;
 }
 
-void llama_shiftkv_prefill::get_stats(const llama_shiftkv_layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const {
-    const size_t  offs   = cache.offset(seq_id);
-    const int64_t n_embd = ctx.lctx.get_model().hparams.n_embd;
-
-    // the last tokens, as far as they were captured
-    std::vector<size_t> rows;
-    for (size_t i = cells.size() - std::min<size_t>(n_stat, cells.size()); i < cells.size(); ++i) {
+std::vector<int32_t> llama_shiftkv_prefill::stat_rows(const std::vector<uint32_t> & cells, size_t n) const {
+    std::vector<int32_t> res;
+    for (size_t i = cells.size() - std::min(n, cells.size()); i < cells.size(); ++i) {
         if (ord(cells[i]) >= 0) {
-            rows.push_back(offs + cells[i]);
+            res.push_back(cache.offset(seq_id) + cells[i]);
         }
     }
+    return res;
+}
+
+void llama_shiftkv_prefill::get_stats(const llama_shiftkv_layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const {
+    const int64_t n_embd = ctx.lctx.get_model().hparams.n_embd;
+
+    const auto rows = stat_rows(cells, n_stat);
 
     const auto [lo, hi] = std::minmax_element(rows.begin(), rows.end());
 
@@ -492,7 +498,7 @@ void llama_shiftkv_prefill::get_stats(const llama_shiftkv_layer & l, const std::
 
     double s1 = 0.0;
     double s2 = 0.0;
-    for (const size_t row : rows) {
+    for (const int32_t row : rows) {
         s1 += sums[(row - *lo)*2];
         s2 += sums[(row - *lo)*2 + 1];
     }

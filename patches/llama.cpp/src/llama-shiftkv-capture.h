@@ -60,6 +60,9 @@ struct llama_shiftkv_prefill {
     // mean and standard deviation of the hidden state over the last tokens, n_stat at most
     void get_stats(const llama_shiftkv_layer & l, const std::vector<uint32_t> & cells, uint32_t n_stat, float & mean, float & sd) const;
 
+    // the last tokens, n at most, as far as they were captured: their rows in the statistics
+    std::vector<int32_t> stat_rows(const std::vector<uint32_t> & cells, size_t n) const;
+
     // the last tokens, n at most, that are still in the rings, oldest first: their rows there
     std::vector<int32_t> ring_rows(const std::vector<uint32_t> & cells, size_t n) const;
 

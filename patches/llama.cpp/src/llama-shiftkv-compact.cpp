@@ -357,6 +357,7 @@ int32_t llama_shiftkv::compact(llama_context & dst, llama_seq_id seq_dst) {
         if (cache_swa) {
             cache_swa.kv->seq_rm(sel.seq_id, sel.info.n_past, -1);
         }
+        store.clear();
         capture.ctx.give_back_later(); // without what the selection needed
     }
 

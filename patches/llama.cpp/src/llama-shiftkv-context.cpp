@@ -5,6 +5,8 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cinttypes>
+#include <numeric>
 
 void llama_shiftkv_context::drop_graph() {
     lctx.gf_res_prev_active = nullptr;
@@ -41,11 +43,10 @@ void llama_shiftkv_context::set_memory(std::unique_ptr<llama_kv_cache> memory, u
     lctx.sched_need_reserve  = true;
 }
 
-bool llama_shiftkv_context::compute(const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set) {
-    auto * sched = lctx.get_sched();
-    auto * res   = lctx.get_gf_res_reserve();
+llm_graph_result * llama_shiftkv_context::start_graph() {
+    auto * res = lctx.get_gf_res_reserve();
 
-    ggml_backend_sched_reset(sched);
+    ggml_backend_sched_reset(lctx.get_sched());
     res->reset();
     for (auto & prev : lctx.gf_res_prev) {
         if (prev) {
@@ -53,6 +54,13 @@ bool llama_shiftkv_context::compute(const std::function<void(ggml_context *, ggm
         }
     }
     drop_graph();
+
+    return res;
+}
+
+bool llama_shiftkv_context::compute(const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set) {
+    auto * sched = lctx.get_sched();
+    auto * res   = start_graph();
 
     build(res->get_ctx(), res->get_gf());
 
@@ -69,4 +77,26 @@ bool llama_shiftkv_context::compute(const std::function<void(ggml_context *, ggm
     ggml_backend_sched_synchronize(sched);
 
     return true;
+}
+
+size_t llama_shiftkv_context::measure(const std::function<void(ggml_context *, ggml_cgraph *)> & build, std::set<std::string> & operations) {
+    auto * res = start_graph();
+
+    build(res->get_ctx(), res->get_gf());
+
+    for (int i = 0; i < ggml_graph_n_nodes(res->get_gf()); ++i) {
+        const ggml_tensor * t = ggml_graph_node(res->get_gf(), i);
+        std::string text = ggml_op_desc(t);
+        for (const ggml_tensor * x : { t, (const ggml_tensor *) t->src[0], (const ggml_tensor *) t->src[1] }) {
+            if (x) {
+                text += format(" %s[%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "]:%zu", ggml_type_name(x->type), x->ne[0], x->ne[1], x->ne[2], x->ne[3], ggml_nbytes(x));
+            }
+        }
+        operations.insert(std::move(text));
+    }
+
+    std::vector<size_t> sizes(lctx.backends.size());
+    ggml_backend_sched_reserve_size(lctx.get_sched(), res->get_gf(), sizes.data());
+
+    return std::accumulate(sizes.begin(), sizes.end(), (size_t) 0);
 }

@@ -4,8 +4,13 @@
 
 #include "llama-shiftkv-capture.h"
 #include "llama-shiftkv-layers.h"
+#include "llama-shiftkv-store.h"
 
+#include <set>
+#include <string>
 #include <vector>
+
+struct llama_shiftkv_scoring;
 
 // per context: capture during prefill, selection, hand-over
 struct llama_shiftkv {
@@ -20,6 +25,12 @@ struct llama_shiftkv {
         // per cut layer and KV head
         std::vector<std::vector<std::vector<int32_t>>> kept;   // indices into the prompt, ascending
         std::vector<std::vector<std::vector<float>>>   scores; // empty unless asked for
+
+        // the first tokens that are always kept: how many; and the first of the last ones that are
+        std::pair<size_t, size_t> always_kept(const llama_shiftkv_params & params) const;
+
+        // pairs that are kept by the second scores
+        size_t n_observed(const llama_shiftkv_params & params) const;
     };
 
     llama_shiftkv(llama_context & lctx) : capture(lctx) {}
@@ -28,8 +39,15 @@ struct llama_shiftkv {
     // scores: null, or the caller's; il: the only layer that is ranked, or -1
     int32_t select(const llama_shiftkv_params & params, const float * scores, size_t n_scores, int32_t il = -1);
 
+    // bytes that a selection from a prompt of n_prompt tokens takes beside the cache
+    int64_t select_size(const llama_shiftkv_params & params, uint32_t n_prompt);
+
     // n_proxy*n_embd standard normal numbers
     const std::vector<float> & get_noise(uint32_t seed, uint32_t n_proxy);
+
+    // write or read all of a tensor, and count its bytes
+    void set(ggml_tensor * t, const void * data);
+    void get(const ggml_tensor * t, void * data);
 
     // llama-shiftkv-compact.cpp
     int32_t compact(llama_context & dst, llama_seq_id seq_dst);
@@ -49,9 +67,20 @@ struct llama_shiftkv {
 
     selection sel;
     bool      selected = false;
+    uint64_t  n_select = 0; // selections so far
+
+    llama_shiftkv_store store;
+    size_t graph_size = 0;           // of the largest graph and the store, where that only measures ...
+    std::set<std::string> graph_ops; // ... and what all of them compute
 
 private:
+    struct ranking; // llama-shiftkv-select.cpp
+
+    llama_shiftkv_scoring scoring(size_t i_layer, const llama_shiftkv_params & params);
+
     int32_t select_layer(size_t i_layer, const llama_shiftkv_params & params, const float * scores);
+
+    bool pick_on_host(size_t i_layer, const llama_shiftkv_params & params, const ranking & r); // false if scores are NaN
 
     std::vector<float> noise; // of the last selection that drew any, with its seed
     uint32_t noise_seed = 0;

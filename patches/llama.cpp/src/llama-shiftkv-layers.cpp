@@ -222,6 +222,7 @@ int32_t llama_shiftkv_layers::next(const llama_shiftkv_params & params, const fl
         int32_t status = skv.select(params, scores, n_scores, il);
 
         skv.selected = false; // not of all layers
+        skv.sel.info.bytes_moved += before.info.bytes_moved;
         for (size_t i = 0; i < before.kept.size() && i < skv.sel.kept.size(); ++i) {
             if (capture.layers[i].il < il) {
                 skv.sel.kept[i] = before.kept[i];

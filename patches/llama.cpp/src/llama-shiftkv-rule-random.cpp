@@ -19,7 +19,6 @@ static const llama_shiftkv_register reg({
     /*.defaults =*/ [](llama_shiftkv_params &) {},
     /*.valid    =*/ [](const llama_shiftkv_params &) { return true; },
     /*.n_query  =*/ [](const llama_shiftkv_params &) { return 0u; },
-    /*.n_wide   =*/ nullptr,
-    /*.build    =*/ nullptr,
+    /*.score    =*/ nullptr,
     /*.fill     =*/ fill,
 });

@@ -20,11 +20,8 @@ struct llama_shiftkv_rule {
     // how many of the last queries or hidden states it looks at
     uint32_t (*n_query)(const llama_shiftkv_params & params);
 
-    // numbers that its graph holds at once for each key and KV head, or query head of a KV head; null: 1
-    uint32_t (*n_wide)(const llama_shiftkv_params & params);
-
-    // by a graph: F32 [n_kv, n_head_kv]
-    ggml_tensor * (*build)(llama_shiftkv_scoring & s);
+    // on the layer's device: s.scores(), and s.observed() if params.observed > 0
+    void (*score)(llama_shiftkv_scoring & s);
 
     // or, if that is null, on the host: [n_head_kv][n_prompt]
     std::vector<float> (*fill)(const llama_shiftkv_scoring & s);
@@ -42,5 +39,5 @@ const std::vector<llama_shiftkv_rule> & llama_shiftkv_rules();
 // null for an unknown method
 const llama_shiftkv_rule * llama_shiftkv_get_rule(int32_t method);
 
-// SnapKV's scores
-ggml_tensor * llama_shiftkv_build_observed(llama_shiftkv_scoring & s);
+// SnapKV's scores, into a tensor [n_kv, n_head_kv]
+void llama_shiftkv_observe(llama_shiftkv_scoring & s, ggml_tensor * to);

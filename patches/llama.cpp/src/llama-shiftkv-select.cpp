@@ -1,4 +1,5 @@
 #include "llama-shiftkv-impl.h"
+#include "llama-shiftkv-pick.h"
 #include "llama-shiftkv-rules.h"
 
 #include "llama-context.h"
@@ -7,12 +8,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <numeric>
 #include <random>
-
-// a graph holds no more numbers than this in one tensor of scores: 1 GiB
-static constexpr int64_t SHIFTKV_SCORES_MAX = 1 << 28;
 
 static constexpr uint32_t SHIFTKV_POOL_MAX = 63;
 
@@ -139,6 +138,16 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float *
         sel.scores.resize(layers.size());
     }
 
+    n_select++;
+
+    // what stays on the devices only stays as long as the selection, but for the noise
+    struct clearer {
+        llama_shiftkv_store & store;
+
+        ~clearer() { store.clear("noise"); }
+    };
+    const clearer clear = { store };
+
     for (size_t i = 0; i < layers.size() && status == LLAMA_SHIFTKV_OK; ++i) {
         if (il >= 0 && layers[i].il != il) {
             continue;
@@ -154,7 +163,20 @@ int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float *
     return status;
 }
 
-int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params & params, const float * scores) {
+void llama_shiftkv::set(ggml_tensor * t, const void * data) {
+    // an input that the graph makes no use of has no place
+    if (t->buffer) {
+        ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+        sel.info.bytes_moved += ggml_nbytes(t);
+    }
+}
+
+void llama_shiftkv::get(const ggml_tensor * t, void * data) {
+    ggml_backend_tensor_get(t, data, 0, ggml_nbytes(t));
+    sel.info.bytes_moved += ggml_nbytes(t);
+}
+
+llama_shiftkv_scoring llama_shiftkv::scoring(size_t i_layer, const llama_shiftkv_params & params) {
     const auto & cache = capture.cache;
     const auto & l     = capture.layers[i_layer];
 
@@ -164,50 +186,96 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
     const uint32_t c0 = *c_min/16*16;
     const uint32_t c1 = std::min((*c_max/16 + 1)*16, cache.size());
 
-    llama_shiftkv_scoring s = {
+    const bool on_host = ggml_backend_buft_is_host(cache.buft(l.ikv)) && getenv("LLAMA_SHIFTKV_GRAPH") == nullptr && // for tests
+        llama_shiftkv_cpu_supports(cache.k(l.ikv, sel.seq_id), l.n_embd_head);
+
+    return {
         *this, capture, l, params, i_layer, cells, c0, c1 - c0, cache.k(l.ikv, sel.seq_id), cache.v(l.ikv, sel.seq_id), cache.v_trans(),
-        capture.ctx.lctx.get_model().hparams.n_pos_per_embd(),
+        capture.ctx.lctx.get_model().hparams.n_pos_per_embd(), on_host,
     };
+}
+
+int64_t llama_shiftkv::select_size(const llama_shiftkv_params & params, uint32_t n_prompt) {
+    const auto * rule = llama_shiftkv_get_rule(params.method);
+
+    if (params.budget < 2 || params.n_recent < 1 || params.n_pool % 2 != 1 || params.n_pool > SHIFTKV_POOL_MAX ||
+            !rule || !rule->valid(params) || rule->n_query(params) > capture.n_query || n_prompt < 1 || n_prompt > capture.cache.size()) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    if (rule->fill) {
+        return 0;
+    }
+
+    capture.ctx.update();
+
+    // what a selection changes, and comes back
+    struct guard {
+        llama_shiftkv     & skv;
+        llama_shiftkv_store store;
+        selection           sel;
+
+        guard(llama_shiftkv & skv) : skv(skv), store(std::move(skv.store)), sel(std::move(skv.sel)) {
+            skv.store = {};
+            skv.store.measure = true;
+            skv.sel = {};
+            skv.graph_size = 0;
+            skv.graph_ops.clear();
+        }
+        ~guard() {
+            skv.store = std::move(store);
+            skv.sel   = std::move(sel);
+        }
+    };
+    {
+        const guard usual(*this);
+
+        sel.seq_id        = capture.seq_id;
+        sel.info.n_prompt = n_prompt;
+        sel.info.n_kept   = std::min(n_prompt, params.budget);
+        sel.info.n_past   = n_prompt;
+        sel.cells.resize(n_prompt);
+        std::iota(sel.cells.begin(), sel.cells.end(), 0);
+
+        for (size_t i = 0; i < capture.layers.size(); ++i) {
+            auto s = scoring(i, params);
+            rule->score(s);
+            if (!s.on_host) {
+                llama_shiftkv_pick(s);
+            }
+        }
+    }
+    for (const auto & op : graph_ops) {
+        LLAMA_LOG_DEBUG("%s: computes %s\n", __func__, op.c_str());
+    }
+    capture.ctx.reserve();
+
+    return graph_size;
+}
+
+// scores on the host, in the prompt's order: [n_head_kv][n_prompt]
+struct llama_shiftkv::ranking {
+    std::vector<float> ranks;
+    std::vector<float> observed; // the same, or empty
+};
+
+int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params & params, const float * scores) {
+    const auto & l = capture.layers[i_layer];
+
+    auto s = scoring(i_layer, params);
 
     const size_t n_head_kv = l.n_head_kv;
-    const size_t n_prompt  = cells.size();
+    const size_t n_prompt  = sel.cells.size();
 
-    std::vector<float> ranks;    // [n_head_kv][n_prompt]
-    std::vector<float> observed; // the same, or empty
+    ranking r;
+
+    bool picked = false; // on the device
 
     if (scores) {
-        ranks.assign(scores, scores + n_head_kv*n_prompt);
+        r.ranks.assign(scores, scores + n_head_kv*n_prompt);
     } else if (const auto * rule = llama_shiftkv_get_rule(params.method); rule->fill) {
-        ranks = rule->fill(s);
+        r.ranks = rule->fill(s);
     } else {
-        const int64_t n_wide = rule->n_wide ? rule->n_wide(params) : 1;
-        if (n_wide*std::max(l.n_head_kv, s.n_gqa())*s.n_kv > SHIFTKV_SCORES_MAX) {
-            LLAMA_LOG_ERROR("%s: %u groups of %zu tokens' scores are too many\n", __func__, params.n_group, n_prompt);
-            return LLAMA_SHIFTKV_ERR_ARGUMENT;
-        }
-
-        ggml_tensor * out = nullptr;
-
-        const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
-            s.ctx = ctx;
-            s.gf  = gf;
-
-            out = rule->build(s);
-            for (auto * t : { out, s.observed }) {
-                if (t) {
-                    ggml_set_output(t);
-                    ggml_build_forward_expand(gf, t);
-                }
-            }
-        };
-        const auto set = [&]() {
-            for (const auto & f : s.inputs) {
-                f();
-            }
-        };
-        if (!capture.ctx.compute(build, set)) {
-            return LLAMA_SHIFTKV_ERR_COMPUTE;
-        }
+        rule->score(s);
 
         // in the prompt's order
         const auto read = [&](const ggml_tensor * t) {
@@ -217,25 +285,32 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
             std::vector<float> res;
             res.reserve(n_head_kv*n_prompt);
             for (size_t h = 0; h < n_head_kv; ++h) {
-                for (const uint32_t c : cells) {
-                    res.push_back(by_cell[h*s.n_kv + c - c0]);
+                for (const uint32_t c : sel.cells) {
+                    res.push_back(by_cell[h*s.n_kv + c - s.c0]);
                 }
             }
             return res;
         };
-        ranks = read(out);
-        if (s.observed) {
-            observed = read(s.observed);
+
+        if (!s.on_host) {
+            if (!llama_shiftkv_pick(s)) {
+                LLAMA_LOG_ERROR("%s: layer %d has scores that are NaN\n", __func__, l.il);
+                return LLAMA_SHIFTKV_ERR_COMPUTE;
+            }
+            picked = true;
+        }
+        if (s.on_host || params.keep_scores) {
+            r.ranks = read(s.scores());
+        }
+        if (s.on_host && params.observed > 0.0f) {
+            r.observed = read(s.observed());
         }
     }
 
-    const size_t n_kept   = sel.info.n_kept;
-    const size_t n_recent = std::min<size_t>(params.n_recent, n_kept);
-    const size_t n_sink   = std::min<size_t>(params.n_sink, n_kept - n_recent);
-    const size_t i_recent = n_prompt - n_recent;
+    const auto [n_sink, i_recent] = sel.always_kept(params);
 
     // the tokens before the last ones, which are always kept, averaged with their neighbours among them
-    const auto pool = [&](std::vector<float> & rows) {
+    const auto pool = [&, i_recent = i_recent](std::vector<float> & rows) {
         const size_t n_side = params.n_pool/2;
         if (n_side == 0 || rows.empty()) {
             return;
@@ -251,7 +326,45 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
             std::copy(res.begin(), res.end(), row);
         }
     };
-    pool(observed.empty() ? ranks : observed);
+    pool(params.observed > 0.0f && !scores && llama_shiftkv_get_rule(params.method)->score ? r.observed : r.ranks);
+
+    if (!picked && !pick_on_host(i_layer, params, r)) {
+        LLAMA_LOG_ERROR("%s: layer %d has scores that are NaN\n", __func__, l.il);
+        return scores ? LLAMA_SHIFTKV_ERR_ARGUMENT : LLAMA_SHIFTKV_ERR_COMPUTE;
+    }
+
+    if (params.keep_scores) {
+        sel.scores[i_layer].resize(n_head_kv);
+        for (size_t h = 0; h < n_head_kv; ++h) {
+            auto & row = sel.scores[i_layer][h];
+            row.assign(r.ranks.begin() + h*n_prompt, r.ranks.begin() + (h + 1)*n_prompt);
+            std::fill(row.begin(), row.begin() + n_sink, std::numeric_limits<float>::infinity());
+            std::fill(row.begin() + i_recent, row.end(), std::numeric_limits<float>::infinity());
+        }
+    }
+
+    return LLAMA_SHIFTKV_OK;
+}
+
+std::pair<size_t, size_t> llama_shiftkv::selection::always_kept(const llama_shiftkv_params & params) const {
+    const size_t n_recent = std::min<size_t>(params.n_recent, info.n_kept);
+    const size_t n_sink   = std::min<size_t>(params.n_sink, info.n_kept - n_recent);
+
+    return { n_sink, info.n_prompt - n_recent };
+}
+
+size_t llama_shiftkv::selection::n_observed(const llama_shiftkv_params & params) const {
+    const auto [n_sink, i_recent] = always_kept(params);
+
+    return std::min<size_t>(std::lround(params.observed*info.n_kept), info.n_kept - n_sink - (info.n_prompt - i_recent));
+}
+
+bool llama_shiftkv::pick_on_host(size_t i_layer, const llama_shiftkv_params & params, const ranking & r) {
+    const size_t n_head_kv = capture.layers[i_layer].n_head_kv;
+    const size_t n_prompt  = sel.cells.size();
+    const size_t n_kept    = sel.info.n_kept;
+
+    const auto [n_sink, i_recent] = sel.always_kept(params);
 
     sel.kept[i_layer].resize(n_head_kv);
     for (size_t h = 0; h < n_head_kv; ++h) {
@@ -281,24 +394,13 @@ int32_t llama_shiftkv::select_layer(size_t i_layer, const llama_shiftkv_params &
             return true;
         };
 
-        const size_t n_observed = observed.empty() ? 0 : std::min<size_t>(std::lround(params.observed*n_kept), n_kept - kept.size());
+        const size_t n_observed = r.observed.empty() ? 0 : sel.n_observed(params);
 
-        if ((n_observed > 0 && !take(observed, n_observed)) || !take(ranks, n_kept - kept.size())) {
-            LLAMA_LOG_ERROR("%s: layer %d has scores that are NaN\n", __func__, l.il);
-            return scores ? LLAMA_SHIFTKV_ERR_ARGUMENT : LLAMA_SHIFTKV_ERR_COMPUTE;
+        if ((n_observed > 0 && !take(r.observed, n_observed)) || !take(r.ranks, n_kept - kept.size())) {
+            return false;
         }
         std::sort(kept.begin(), kept.end());
     }
 
-    if (params.keep_scores) {
-        sel.scores[i_layer].resize(n_head_kv);
-        for (size_t h = 0; h < n_head_kv; ++h) {
-            auto & row = sel.scores[i_layer][h];
-            row.assign(ranks.begin() + h*n_prompt, ranks.begin() + (h + 1)*n_prompt);
-            std::fill(row.begin(), row.begin() + n_sink, std::numeric_limits<float>::infinity());
-            std::fill(row.begin() + i_recent, row.end(), std::numeric_limits<float>::infinity());
-        }
-    }
-
-    return LLAMA_SHIFTKV_OK;
+    return true;
 }

@@ -129,6 +129,7 @@ int32_t llama_shiftkv_capture_end(llama_context * ctx) {
     return guarded(__func__, [&]() -> int32_t {
         if (ctx->shiftkv) {
             ctx->shiftkv->capture.end();
+            ctx->shiftkv->store.clear();
         }
         return LLAMA_SHIFTKV_OK;
     });
@@ -149,6 +150,16 @@ int32_t llama_shiftkv_select(llama_context * ctx, const llama_shiftkv_params * p
         return LLAMA_SHIFTKV_ERR_ARGUMENT;
     }
     return select(__func__, ctx, *params, nullptr, 0);
+}
+
+int64_t llama_shiftkv_select_size(llama_context * ctx, const llama_shiftkv_params * params, uint32_t n_prompt) {
+    if (ctx == nullptr || params == nullptr) {
+        return LLAMA_SHIFTKV_ERR_ARGUMENT;
+    }
+    return guarded(__func__, [&]() -> int64_t {
+        auto * skv = get_capturing(ctx);
+        return skv ? skv->select_size(*params, n_prompt) : (int64_t) LLAMA_SHIFTKV_ERR_NOT_CAPTURING;
+    });
 }
 
 int32_t llama_shiftkv_select_scores(llama_context * ctx, const llama_shiftkv_params * params, const float * scores, size_t n_scores) {
