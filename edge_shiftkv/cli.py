@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -29,14 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_serve(commands)
     _add_demo(commands)
     arguments = parser.parse_args(argv)
-    warnings.formatwarning = lambda message, *_, **__: f"edge-shiftkv: {message}\n"
     try:
-        status: int = arguments.run(arguments)
+        with _plain_warnings():
+            status: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has had enough of it, as `head` does
         _discard_output()
         return _SIGPIPE_STATUS
     return status
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Have warnings printed as messages for people, without the line of code they come from."""
+    original = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"edge-shiftkv: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = original
 
 
 def _discard_output() -> None:
