@@ -66,8 +66,7 @@ class Engine(Closing):
         self.n_threads = n_threads
         self.interrupt = Interrupt()
 
-        backend = backend_without_device()
-        if n_gpu_layers and backend:
+        if n_gpu_layers and (backend := backend_without_device()):
             warnings.warn(
                 f"llama.cpp is built for {backend} here and finds no such device (is its driver installed?): "
                 "the model runs on the CPU",
