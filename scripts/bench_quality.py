@@ -7,15 +7,15 @@
     python scripts/bench_quality.py report demo.jsonl text.jsonl --csv quality.csv --plots docs/quality
 
 A prompt is decoded once; every method and budget then selects from the same cache and answers greedily on its own copy
-of what is kept. A method is a name, with settings where they are not its defaults: ``paper:gamma=3,observed=0.5``.
-``full`` and ``oracle`` are always measured: the oracle ranks by the attention of the queries that the full cache's
-answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3`` is a ranking in
-numpy, see kv_prototypes.py; it and the oracle are measured in f16 only. A budget is a number of KV pairs, a share of
-the prompt such as ``1/8``, or a share of the bytes that the whole prompt has in f16, such as ``1/8B``, which is more
-pairs of a smaller KV type; with ``--budgets all`` only full caches are measured. The pages suites take any language
-model: the page reader is fitted to it, unless --mmproj names one. `run` writes each answer as it comes and goes on
-where an output file ends, so that it may be ended at any time. `premise` measures, layer by layer, how much wider
-hidden states and queries spread in the answer than in the prompt. `report` prints Markdown tables: mean score in
+of what is kept, several of them at a time. A method is a name, with settings where they are not its defaults:
+``paper:gamma=3,observed=0.5``. ``full`` is always measured. ``oracle`` ranks by the attention of the queries that the
+full cache's answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3`` is
+a ranking in numpy, see kv_prototypes.py; it and the oracle are measured in f16 only. A budget is a number of KV pairs,
+a share of the prompt such as ``1/8``, or a share of the bytes that the whole prompt has in f16, such as ``1/8B``, which
+is more pairs of a smaller KV type; with ``--budgets all`` only full caches are measured. The pages suites take any
+language model: the page reader is fitted to it, unless --mmproj names one. `run` writes each answer as it comes and
+goes on where an output file ends, so that it may be ended at any time. `premise` measures, layer by layer, how much
+wider hidden states and queries spread in the answer than in the prompt. `report` prints Markdown tables: mean score in
 percent, 95 % interval (Wilson), and plots the score against pairs and against bytes.
 Needs the ``bench`` extra.
 """
@@ -29,10 +29,11 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.selection.methods import Method
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
-METHODS = ("mixed", "paper", "snapkv", "keydiff", "expected-attention", "streamingllm", "random")
+METHODS = ("mixed", "paper", "snapkv", "keydiff", "expected-attention", "streamingllm", "random", "oracle")
 BUDGETS = {
     "demo": "16 32 64 128 1/8 1/2",
     "text": "64 128 256 1/8 1/4 1/2",
@@ -63,8 +64,26 @@ BUDGETS = {
 }
 PROTOTYPE = "prototype:"
 BATCH = 64  # of a context that decodes: a second question is more than one token
+N_PARALLEL = 8  # answers written at a time
 
 Row = dict[str, Any]
+
+
+@dataclass
+class Answer:
+    """An answer in a sequence of a context.
+
+    position: of its last token, which is not decoded yet.
+    """
+
+    tokens: list[int]
+    position: int
+    sequence: int = 0
+
+    def push(self, context: Context, output: int = -1) -> None:
+        """Add the most likely token after the last one, which was just decoded."""
+        self.tokens.append(int(context.logits(output).argmax()))
+        self.position += 1
 
 
 class Asker:
@@ -102,25 +121,52 @@ class Asker:
         context = self.engine.context(prompt.n_tokens + room, self.engine.batch(prompt))
         return self.engine.read(prompt, context, n_query=shiftkv.MAX_QUERY)
 
-    def ask(self, context: Context, tokens: Sequence[int], position: int) -> tuple[int, int]:
+    def ask(self, context: Context, tokens: Sequence[int], position: int, sequence: int = 0) -> tuple[int, int]:
         """Decode tokens; return the most likely one after them, and its position."""
+        token = -1
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
-            context.decode(part, position)
+            context.decode_rows([(token, position + i, sequence) for i, token in enumerate(part)])
             position += len(part)
-        return int(context.logits().argmax()), position
+            token = int(context.logits(len(part) - 1).argmax())
+        return token, position
 
     def answer(self, context: Context, first: int, position: int, limit: int) -> tuple[str, int]:
         """Go on greedily after the answer's first token; return the text and the number of tokens decoded."""
+        answer = Answer([first], position)
+        while not self.is_over(answer, limit):
+            context.decode(answer.tokens[-1:], answer.position)
+            answer.push(context)
+        return self.text(answer), len(answer.tokens) - 1
+
+    def side_by_side(self, context: Context, begun: Iterator[tuple[Row, Answer]], limit: int) -> Iterator[Row]:
+        """Go on greedily with answers, each in the sequence that was free when it was asked for."""
+        writing: dict[int, tuple[Row, Answer]] = {}
+        while True:
+            while len(writing) < N_PARALLEL and (following := next(begun, None)):
+                writing[following[1].sequence] = following
+            if not writing:
+                return
+            for sequence, (row, answer) in list(writing.items()):
+                if self.is_over(answer, limit):
+                    del writing[sequence]
+                    context.remove(0, sequence)
+                    yield {**row, "answer": self.text(answer)}
+            if writing:
+                answers = [answer for _, (_, answer) in sorted(writing.items(), key=lambda item: item[0])]
+                context.decode_rows([(answer.tokens[-1], answer.position, answer.sequence) for answer in answers])
+                for i, answer in enumerate(answers):
+                    answer.push(context, i)
+
+    def is_over(self, answer: Answer, limit: int) -> bool:
+        """Whether nothing is to be added to an answer."""
+        return len(answer.tokens) >= limit or self.engine.model.ends_generation(answer.tokens[-1])
+
+    def text(self, answer: Answer) -> str:
+        """What an answer says."""
         model = self.engine.model
-        tokens = [first]
-        while not model.ends_generation(tokens[-1]) and len(tokens) < limit:
-            following, position = self.ask(context, tokens[-1:], position)
-            tokens.append(following)
-        n_decoded = len(tokens) - 1
-        if model.ends_generation(tokens[-1]):
-            tokens.pop()
-        return b"".join(map(model.piece, tokens)).decode(errors="replace").strip(), n_decoded
+        tokens = answer.tokens[: -1 if model.ends_generation(answer.tokens[-1]) else None]
+        return b"".join(map(model.piece, tokens)).decode(errors="replace").strip()
 
 
 def kv_types(text: str) -> tuple[str, str]:
@@ -183,39 +229,51 @@ def ask(
         with closing(prefilled.context) as large:
             first = int(large.logits().argmax())
 
-            def answer_in(context: Context, position: int) -> tuple[str, int]:
-                token = first
-                if second:
-                    token, position = asker.ask(context, second, position)
-                return asker.answer(context, token, position, case.max_tokens)
+            def begin(context: Context, position: int, sequence: int = 0) -> Answer:
+                if not second:
+                    return Answer([first], position, sequence)
+                token, position = asker.ask(context, second, position, sequence)
+                return Answer([token], position, sequence)
 
-            def on_kept(label: str, budget: str, n_budget: int, seconds: float) -> Row:
-                with closing(asker.engine.context(n_budget + room, BATCH)) as small:
-                    text, _ = answer_in(small, prefilled.hand_over(small))
-                return row(label, budget, n_budget, seconds, text)
-
-            def row(label: str, budget: str, n_budget: int, seconds: float, text: str) -> Row:
+            def row(label: str, budget: str, n_budget: int, seconds: float) -> Row:
                 cut = {"method": label, "budget": budget, "n_budget": n_budget, "bytes": n_budget * bytes_share}
-                return {**common, **cut, "select_s": seconds, "score": case.score(text), "answer": text}
+                return {**common, **cut, "select_s": seconds}
 
-            for label, chosen in methods.items():
-                for text, size in sizes:
-                    if (label, text) not in todo:
-                        continue
-                    started = time.perf_counter()
-                    prefilled.select(chosen, size)
-                    yield on_kept(label, text, size, time.perf_counter() - started)
-            answer, n_decoded = answer_in(large, prefilled.position)
-            if ("full", "all") not in done:
-                yield row("full", "all", n_prompt, 0.0, answer)
-            if wanted and n_decoded:
+            def variants() -> Iterator[tuple[str, str, int, Callable[[], object]]]:
+                for label, chosen in methods.items():
+                    for text, size in sizes:
+                        if (label, text) in todo:
+                            yield label, text, size, partial(prefilled.select, chosen, size)
+                if ("full", "all") not in done:
+                    yield "full", "all", n_prompt, prefilled.select_all
+                if not wanted:
+                    return
+                # From here on the last queries are the answer's.
+                _, n_decoded = asker.answer(large, first, prefilled.position, case.max_tokens)
+                if not n_decoded:
+                    return
                 answered = Answered(large, asker.path, n_prompt, n_decoded)
                 for label, ranking in prototypes.items():
                     for text, size in sizes:
-                        if (label, text) not in wanted:
-                            continue
-                        prefilled.select(Prototyped(ranking, answered), size)
-                        yield on_kept(label, text, size, 0.0)
+                        if (label, text) in wanted:
+                            yield label, text, size, partial(prefilled.select, Prototyped(ranking, answered), size)
+
+            n_cells = n_prompt if ("full", "all") not in done else max(size for _, size in sizes)
+            n_cells += room
+            with closing(asker.engine.context(n_cells, BATCH, n_outputs=BATCH, n_seq=N_PARALLEL)) as small:
+                free = list(range(N_PARALLEL))
+
+                def begun() -> Iterator[tuple[Row, Answer]]:
+                    for label, text, size, select in variants():
+                        started = time.perf_counter()
+                        select()
+                        seconds, sequence = time.perf_counter() - started, free.pop(0)
+                        answer = begin(small, prefilled.hand_over(small, sequence), sequence)
+                        yield {**row(label, text, size, seconds), "sequence": sequence}, answer
+
+                for said in asker.side_by_side(small, begun(), case.max_tokens):
+                    free.append(said.pop("sequence"))
+                    yield {**said, "score": case.score(said["answer"])}
 
 
 def spread(rows: npt.NDArray[np.float32]) -> float:
@@ -274,9 +332,10 @@ def run(args: argparse.Namespace) -> None:
     """Ask what was not asked before, and append the answers to the file."""
     kind = args.suite.split("-")[0]
     budgets = args.budgets or BUDGETS[kind].split()
-    methods = {text: configured(text) for text in args.methods if not text.startswith(PROTOTYPE)}
     prototypes = {text: prototype(text[len(PROTOTYPE) :]) for text in args.methods if text.startswith(PROTOTYPE)}
-    prototypes["oracle"] = oracle
+    if "oracle" in args.methods:
+        prototypes["oracle"] = oracle
+    methods = {text: configured(text) for text in args.methods if text not in prototypes}
     done: dict[tuple[Any, ...], set[tuple[str, str]]] = defaultdict(set)
     if args.out.exists():
         drop_torn_line(args.out)

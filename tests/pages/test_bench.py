@@ -36,7 +36,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_a_torn_run_goes_on_and_asks_nothing_twice(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "pages.jsonl"
-    wanted = ("--methods", "keydiff", "--budgets", "64", "1/8B", "--kv-types", *KV_TYPES, "--out", str(out))
+    wanted = ("--methods", "keydiff", "oracle", "--budgets", "64", "1/8B", "--kv-types", *KV_TYPES, "--out", str(out))
     bench(demo, *wanted)
     whole = out.read_text()
     answers = {(row["kv"], row["method"], row["budget"]): row for row in rows(out)}
