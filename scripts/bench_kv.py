@@ -256,7 +256,9 @@ def memory(options: argparse.Namespace) -> list[Row]:
             for way in list(WAYS)[:: 1 if i % 2 == 0 else -1]:
                 settings = {**WAYS[way], "kv_budget": options.budget} if WAYS[way] else {}
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    peak, taken = pool.submit(measure_memory, path, n_prompt, options.threads, settings).result()
+                    peak, taken = pool.submit(
+                        measure_memory, path, n_prompt, options.threads, options.clock, settings
+                    ).result()
                 peaks[way].append(peak)
                 seconds[way].append(taken)
         rows += [
@@ -274,14 +276,21 @@ def memory(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def measure_memory(path: Path, n_prompt: int, n_threads: int, settings: dict[str, Any]) -> tuple[int, float]:
+def measure_memory(
+    path: Path, n_prompt: int, n_threads: int, clock: Callable[[], float], settings: dict[str, Any]
+) -> tuple[int, float]:
     """Return the peak in bytes, and the seconds to the first token; to be run in a process of its own."""
     n_ctx = n_prompt + 2 * ROOM  # a text that is tokenized again may have some tokens more
     with Runtime(path, n_gpu_layers=0, n_threads=n_threads, n_ctx=n_ctx, **settings) as runtime:
         model = runtime.engine.model
         text = b"".join(model.piece(token) for token in first_tokens(model, n_prompt)).decode(errors="ignore")
-        figures = runtime.generate(text, raw=True, max_tokens=ROOM // 4).figures
-    return resident("VmHWM"), figures.prefill_s + figures.selection_s
+        started = clock()
+        with closing(runtime.stream(text, raw=True, max_tokens=ROOM // 4)) as stream:
+            next(stream)
+            seconds = clock() - started
+            for _ in stream:
+                pass
+    return resident("VmHWM"), seconds
 
 
 def resident(what: str) -> int:
@@ -323,11 +332,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(function=function)
         return command
 
-    def add_clock_and_device(command: argparse.ArgumentParser) -> None:
+    def add_clock(command: argparse.ArgumentParser) -> None:
         text = "measure CPU time of one thread, not wall time"
         command.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time, help=text)
-        command.add_argument("--gpu-layers", type=int, default=0, help="layers on the GPU (0)")
         command.set_defaults(clock=time.perf_counter)
+
+    def add_clock_and_device(command: argparse.ArgumentParser) -> None:
+        add_clock(command)
+        command.add_argument("--gpu-layers", type=int, default=0, help="layers on the GPU (0)")
 
     command = add(selection, required=True, help="a GGUF file")
     command.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="of the prompts")
@@ -343,7 +355,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_clock_and_device(command)
 
     command = add(memory, help="a GGUF file (random weights)")
-    command.set_defaults(clock=time.perf_counter)
+    add_clock(command)
     command.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32000], help="of the prompts")
     command.add_argument("--layers", type=int, default=8, help="of the model with random weights (8)")
     command.add_argument("--rounds", type=int, default=1)
