@@ -192,7 +192,7 @@ def budget_of(text: str, n_prompt: int, kv_type: str = "f16") -> int:
 
 @dataclass(frozen=True)
 class Prototyped:
-    """A ranking of kv_prototypes.py as a method: it also sees the answer, which was decoded after the prompt."""
+    """A ranking of kv_prototypes.py as a method."""
 
     ranking: Ranking
     answered: Answered
@@ -207,8 +207,7 @@ def ask(
     asker: Asker,
     suite: str,
     case: Case,
-    methods: dict[str, Method],
-    prototypes: dict[str, Ranking],
+    methods: dict[str, Method | Ranking],
     budgets: Sequence[str],
     done: Set[tuple[str, str]],
 ) -> Iterator[Row]:
@@ -220,8 +219,7 @@ def ask(
         sizes = [(text, budget_of(text, n_prompt, asker.kv_type)) for text in budgets]
         sizes = [(text, size) for text, size in sizes if size < n_prompt]
         todo = {(label, text) for label in methods for text, _ in sizes} - done
-        wanted = {(label, text) for label in prototypes for text, _ in sizes} - done if not second else set()
-        if not todo and not wanted and ("full", "all") in done:
+        if not todo and ("full", "all") in done:
             return
         common = {"suite": suite, "task": case.task, "seed": case.seed, "n_prompt": n_prompt, "kv": asker.kv_type}
         bytes_share = float(pair_share(asker.kv_type)) / n_prompt
@@ -241,22 +239,28 @@ def ask(
 
             def variants() -> Iterator[tuple[str, str, int, Callable[[], object]]]:
                 for label, chosen in methods.items():
+                    if label == "oracle":
+                        continue
+                    method: Method | Prototyped
+                    if callable(chosen):
+                        method = Prototyped(chosen, Answered(large, asker.path, n_prompt, 0))
+                    else:
+                        method = chosen
                     for text, size in sizes:
                         if (label, text) in todo:
-                            yield label, text, size, partial(prefilled.select, chosen, size)
+                            yield label, text, size, partial(prefilled.select, method, size)
                 if ("full", "all") not in done:
                     yield "full", "all", n_prompt, prefilled.select_all
-                if not wanted:
+                if not any(label == "oracle" for label, _ in todo):
                     return
                 # From here on the last queries are the answer's.
                 _, n_decoded = asker.answer(large, first, prefilled.position, case.max_tokens)
                 if not n_decoded:
                     return
-                answered = Answered(large, asker.path, n_prompt, n_decoded)
-                for label, ranking in prototypes.items():
-                    for text, size in sizes:
-                        if (label, text) in wanted:
-                            yield label, text, size, partial(prefilled.select, Prototyped(ranking, answered), size)
+                method = Prototyped(oracle, Answered(large, asker.path, n_prompt, n_decoded))
+                for text, size in sizes:
+                    if ("oracle", text) in todo:
+                        yield "oracle", text, size, partial(prefilled.select, method, size)
 
             n_cells = n_prompt if ("full", "all") not in done else max(size for _, size in sizes)
             n_cells += room
@@ -332,10 +336,8 @@ def run(args: argparse.Namespace) -> None:
     """Ask what was not asked before, and append the answers to the file."""
     kind = args.suite.split("-")[0]
     budgets = args.budgets or BUDGETS[kind].split()
-    prototypes = {text: prototype(text[len(PROTOTYPE) :]) for text in args.methods if text.startswith(PROTOTYPE)}
-    if "oracle" in args.methods:
-        prototypes["oracle"] = oracle
-    methods = {text: configured(text) for text in args.methods if text not in prototypes}
+    second = args.suite.endswith("second")
+    methods = {text: method_of(text) for text in args.methods if not (second and text == "oracle")}
     done: dict[tuple[Any, ...], set[tuple[str, str]]] = defaultdict(set)
     if args.out.exists():
         drop_torn_line(args.out)
@@ -347,14 +349,21 @@ def run(args: argparse.Namespace) -> None:
         model, mmproj = parts(args, stack)
         progress = stack.enter_context(tqdm(total=len(todo) * len(args.kv_types), unit="case"))
         for kv_type in args.kv_types:
-            ranked = prototypes if kv_type == "f16" else {}
+            usable = {text: chosen for text, chosen in methods.items() if kv_type == "f16" or not callable(chosen)}
             with closing(Asker(model, mmproj, args.threads, kv_type)) as asker:
                 for case in todo:
                     before = done[args.suite, case.task, case.seed, kv_type]
-                    for row in ask(asker, args.suite, case, methods, ranked, budgets, before):
+                    for row in ask(asker, args.suite, case, usable, budgets, before):
                         out.write(json.dumps(row) + "\n")
                         out.flush()
                     progress.update()
+
+
+def method_of(text: str) -> Method | Ranking:
+    """A method of the library, a prototype, or the oracle."""
+    if text == "oracle":
+        return oracle
+    return prototype(text[len(PROTOTYPE) :]) if text.startswith(PROTOTYPE) else configured(text)
 
 
 def wanted(case: Case, tasks: Sequence[str] | None) -> bool:

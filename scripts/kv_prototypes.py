@@ -1,6 +1,8 @@
 """Rankings that the library does not have, in numpy: what the quality bench tries before it is worth native code.
 
-They see a context in which a prompt and its answer were decoded, and are given to `shiftkv.select_scores`.
+They see a context in which a prompt was decoded, the oracle also its answer, and are given to
+`shiftkv.select_scores`. Those after other papers rank by keys and queries alone: terms with the values' norm are
+left out.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class Answered:
     def queries(self, layer: int, *, answer: bool = False) -> Array:
         """The prompt's last ones, or the answer's: [n, n_head, n_embd_head]."""
         rows = shiftkv.queries(self._context, layer)
-        return rows[-self.n_decoded :] if answer else rows[: len(rows) - self.n_decoded]
+        n_prompt = len(rows) - self.n_decoded
+        return rows[n_prompt:] if answer else rows[:n_prompt]
 
     def hidden(self, layer: int) -> Array:
         """What the prompt's last queries were projected from: [n, n_embd]."""
@@ -110,6 +113,19 @@ def attention(queries: Array, keys: Array, *, first: int | None = None) -> Array
     return result
 
 
+def pooled(scores: Array, kernel: int = 9) -> Array:
+    """The mean over neighbouring keys, [n_head_kv, T]."""
+    return np.stack([np.convolve(row, np.ones(kernel) / kernel, "same") for row in scores]).astype(np.float32)
+
+
+def likeness(keys: Array) -> Array:
+    """The cosine between each key [n_head_kv, T, d] and its head's mean direction: [n_head_kv, T]."""
+    normed = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    anchor = normed.mean(1, keepdims=True)
+    result: Array = (normed * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1)
+    return result
+
+
 def oracle(answered: Answered, budget: int) -> dict[int, Array]:
     """Layer -> scores [n_head_kv, n_prompt]: the mean attention of the answer's own queries."""
     result = {}
@@ -126,13 +142,18 @@ class Prototype:
     """MM-ShiftKV with other proxies, and the budget shared with other rankings.
 
     proxies: what they are drawn from: "scalar", the paper's mean and deviation of all that W_Q multiplies; "component",
-        each component's own; "queries", the queries' mean and covariance, before their rotation.
+        each component's own; "queries", the queries' mean and covariance, before their rotation; "real", which are
+        queries of the prompt, chosen by chance.
+    future: whether proxies are at positions after the prompt, as in the paper, or all at its last one.
     gamma: expansion of the deviation.
     observed: share of the budget for the last 8 queries' attention, averaged over 9 neighbouring keys.
+    worst: whether that is the largest of the queries' and heads' attention to a key, not their mean (DefensiveKV).
     keydiff: share of the budget for KeyDiff's ranking.
     """
 
     proxies: str = "scalar"
+    future: bool = True
+    worst: bool = False
     gamma: float = 10.0
     n_proxy: int = 256
     observed: float = 0.5
@@ -146,9 +167,9 @@ class Prototype:
     def _scores(self, answered: Answered, layer: int, budget: int) -> Array:
         keys = answered.keys(layer)
         window = answered.queries(layer)[-8:]
-        seen = attention(window, keys, first=answered.n_prompt - len(window)).mean(1)
-        last = seen[:, -1]
-        observed = np.stack([np.convolve(row, np.ones(9) / 9, "same") for row in seen.mean(1)])
+        seen = attention(window, keys, first=answered.n_prompt - len(window))
+        last = seen.mean(1)[:, -1]
+        observed = pooled(seen.max((1, 2)) if self.worst else seen.mean((1, 2)))
         mass = attention(self._draw(answered, layer), keys).mean(1)
         n_kv, n, n_key = mass.shape
         if layer < N_LAYER_REPEAT:
@@ -157,9 +178,7 @@ class Prototype:
             size = n // N_GROUP
             groups = (mass.reshape(n_kv, size, N_GROUP, n_key).sum(1) + last[:, None]) / (1 + size)
         scores = self._votes(groups) + last
-        normed = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
-        anchor = normed.mean(1, keepdims=True)
-        difference = -(normed * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1)
+        difference = -likeness(keys)
         taken = np.zeros(scores.shape, bool)
         taken[:, -1] = True
         for share, ranking in ((self.observed, observed), (self.keydiff, difference)):
@@ -178,13 +197,18 @@ class Prototype:
             mean = rows.mean(0)
             mix = rng.standard_normal((self.n_proxy, len(rows)), np.float32) / np.float32(math.sqrt(len(rows)))
             plain = mean + self.gamma * np.einsum("pn,nhd->phd", mix, rows - mean, optimize=True)
+        elif self.proxies == "real":
+            rows = answered.queries(layer)
+            rows = answered.rotate(rows, -np.arange(answered.n_prompt - len(rows), answered.n_prompt))
+            plain = rows[rng.integers(len(rows), size=self.n_proxy)]
         else:
             rows = answered.hidden(layer)
             axis = 0 if self.proxies == "component" else None
             noise = rng.standard_normal((self.n_proxy, rows.shape[1]), np.float32)
             plain = answered.project(layer, rows.mean(axis) + self.gamma * rows.std(axis) * noise)
         step = np.arange(len(plain)) // N_GROUP
-        return answered.rotate(plain.astype(np.float32), answered.n_prompt + (step + 1) * N_GROUP)
+        positions = answered.n_prompt + (step + 1) * N_GROUP if self.future else step * 0 + answered.n_prompt - 1
+        return answered.rotate(plain.astype(np.float32), positions)
 
     @staticmethod
     def _votes(mass: Array) -> Array:
@@ -201,8 +225,104 @@ class Prototype:
 Ranking = Callable[[Answered, int], dict[int, Array]]
 
 
+def _window(answered: Answered, layer: int, n: int) -> Array:
+    """The attention of the last n queries: [n_head_kv, heads of each, n, T]."""
+    queries = answered.queries(layer)[-n:]
+    return attention(queries, answered.keys(layer), first=answered.n_prompt - len(queries))
+
+
+def defensive(answered: Answered, budget: int) -> dict[int, Array]:
+    """SnapKV's window with the largest attention in place of the mean: DefensiveKV, arXiv:2510.13334."""
+    return {layer: pooled(_window(answered, layer, 8).max((1, 2))) for layer in answered.layers}
+
+
+def mixkv(answered: Answered, budget: int) -> dict[int, Array]:
+    """The window's attention, and keys unlike the mean by how alike the head's keys are: MixKV, arXiv:2510.20707."""
+    result = {}
+    for layer in answered.layers:
+        seen, alike = pooled(_window(answered, layer, 8).mean((1, 2))), likeness(answered.keys(layer))
+        unlike = 1 - _unit(alike)
+        weight = np.clip(alike.mean(-1, keepdims=True), 0, 1)
+        unlike *= _unit(seen).mean(-1, keepdims=True) / unlike.mean(-1, keepdims=True)
+        result[layer] = weight * unlike + (1 - weight) * _unit(seen)
+    return result
+
+
+def _unit(scores: Array) -> Array:
+    low, high = scores.min(-1, keepdims=True), scores.max(-1, keepdims=True)
+    result: Array = (scores - low) / np.maximum(high - low, 1e-12)
+    return result
+
+
+def tgv(answered: Answered, budget: int, n_text: int = 32) -> dict[int, Array]:
+    """The question's attention, each token's by what later ones pay to it: TGV-KV, arXiv:2606.03075."""
+    result = {}
+    for layer in answered.layers:
+        seen = _window(answered, layer, n_text).mean((0, 1))
+        paid = np.tril(seen[:, -seen.shape[0] :], -1)
+        weight = paid.sum(0) / np.maximum(np.arange(len(paid))[::-1], 1)
+        heads = _window(answered, layer, n_text).mean(1)
+        result[layer] = np.einsum("t,htk->hk", weight / weight.sum(), heads)
+    return result
+
+
+def bacon(answered: Answered, budget: int) -> dict[int, Array]:
+    """The window, and the last query where neighbours and adjacent layers agree: BACON, arXiv:2606.14782."""
+    seen = {layer: _window(answered, layer, 8).mean(1) for layer in answered.layers}
+    result = {}
+    for i, layer in enumerate(answered.layers):
+        last = seen[layer][:, -1]
+        peak = last > last.mean(-1, keepdims=True)
+        near = pooled(peak.astype(np.float32), 3) > 0.5
+        others = [seen[other][:, -1].mean(0) for other in answered.layers[max(0, i - 1) : i + 2] if other != layer]
+        agreed = np.all([other > other.mean() for other in others], axis=0)
+        result[layer] = pooled(seen[layer].mean(1)) + np.where(peak & near & agreed, last, 0)
+    return result
+
+
+def compactor(answered: Answered, budget: int, chunk: int = 256) -> dict[int, Array]:
+    """Leverage of the keys before their rotation, and attention of all to all in chunks: Compactor, arXiv:2507.08143.
+
+    Only the last 512 queries are there: the first keys of longer prompts have leverage alone.
+    """
+    result = {}
+    for layer in answered.layers:
+        keys = answered.keys(layer)
+        plain = answered.rotate(keys.transpose(1, 0, 2), -np.arange(answered.n_prompt)).transpose(1, 0, 2)
+        centred = plain - plain.mean(1, keepdims=True)
+        inverse = np.linalg.pinv(centred.transpose(0, 2, 1) @ centred)
+        leverage = np.einsum("htd,hde,hte->ht", centred, inverse, centred)
+        queries = answered.queries(layer)
+        received = np.zeros(leverage.shape, np.float32)
+        first = answered.n_prompt - len(queries)
+        for start in range(first, answered.n_prompt, chunk):
+            stop = min(start + chunk, answered.n_prompt)
+            weights = attention(queries[start - first : stop - first], keys[:, start:stop])
+            received[:, start:stop] = weights.mean(1).sum(1)
+        received = pooled(received, 3)
+        share = 1 - budget / answered.n_prompt
+        result[layer] = (_standard(leverage) * share + _standard(received)).astype(np.float32)
+    return result
+
+
+def _standard(scores: Array) -> Array:
+    result: Array = (scores - scores.mean(-1, keepdims=True)) / scores.std(-1, keepdims=True)
+    return result
+
+
+_NAMED: dict[str, Ranking] = {
+    "defensive": defensive,
+    "mixkv": mixkv,
+    "tgv": tgv,
+    "bacon": bacon,
+    "compactor": compactor,
+}
+
+
 def prototype(settings: str) -> Ranking:
-    """The prototype of settings such as ``proxies="component",gamma=3``."""
+    """The prototype of settings such as ``proxies="component",gamma=3``, or a ranking after another paper by name."""
+    if settings in _NAMED:
+        return _NAMED[settings]
     values: dict[str, Any] = {}
     for setting in settings.split(",") if settings else ():
         name, value = setting.split("=")
