@@ -10,7 +10,8 @@ A prompt is decoded once; every method and budget then selects from the same cac
 of what is kept, several of them at a time. A method is a name, with settings where they are not its defaults:
 ``paper:gamma=3,observed=0.5``. ``full`` is always measured. ``oracle`` ranks by the attention of the queries that the
 full cache's answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3`` is
-a ranking in numpy, see kv_prototypes.py; it and the oracle are measured in f16 only. A budget is a number of KV pairs,
+a ranking in numpy, see kv_prototypes.py; it and the oracle are measured in f16 only. ``asked`` ranks by what some
+questions in general attend to, for prompts that are cut before there is a question. A budget is a number of KV pairs,
 a share of the prompt such as ``1/8``, or a share of the bytes that the whole prompt has in f16, such as ``1/8B``, which
 is more pairs of a smaller KV type; with ``--budgets all`` only full caches are measured. The pages suites take any
 language model: the page reader is fitted to it, unless --mmproj names one. `run` writes each answer as it comes and
@@ -42,8 +43,9 @@ import numpy as np
 import numpy.typing as npt
 from intervals import wilson
 from kv_methods import configured
-from kv_prototypes import Answered, Ranking, oracle, prototype
+from kv_prototypes import Answered, Ranking, asked, oracle, prototype
 from page_reader import write_mmproj
+from PIL.Image import Image
 from quality_tasks import PAGE_CELLS, SUITES, Case, cases
 from tqdm import tqdm
 
@@ -63,6 +65,12 @@ BUDGETS = {
     "pages": "64 128 256 512 1/16B 1/8B 1/4B 1/2B",
 }
 PROTOTYPE = "prototype:"
+ASKED = (
+    "Copy the whole page, line by line.",
+    "List every value with its label.",
+    "Which names and numbers are on this page?",
+    "What is this page about?",
+)
 BATCH = 64  # of a context that decodes: a second question is more than one token
 N_PARALLEL = 8  # answers written at a time
 
@@ -116,10 +124,22 @@ class Asker:
         assert after.tokens[: len(before.tokens)] == before.tokens
         return list(after.tokens[len(before.tokens) :])
 
-    def read(self, prompt: Prompt, room: int) -> Prefilled:
-        """The prompt in a context of its own, to be closed by the caller, with room for more tokens."""
+    def tail(self, images: Sequence[Image], text: str) -> list[int]:
+        """The tokens after the last picture of a prompt."""
+        with closing(self.engine.prompt([Message("user", (*images, text))])) as prompt:
+            chunk = prompt.chunks[-1]
+        assert isinstance(chunk, TextChunk)
+        return list(chunk.tokens)
+
+    def read(self, prompt: Prompt, room: int, n_items: int | None = None) -> Prefilled:
+        """The prompt in a context of its own, to be closed by the caller, with room for more tokens.
+
+        n_items: read only its first ones.
+        """
         context = self.engine.context(prompt.n_tokens + room, self.engine.batch(prompt))
-        return self.engine.read(prompt, context, n_query=shiftkv.MAX_QUERY)
+        prefilled = Prefilled(context, self.engine.projector, n_query=shiftkv.MAX_QUERY)
+        prefilled.read(prompt, n_items=n_items)
+        return prefilled
 
     def ask(self, context: Context, tokens: Sequence[int], position: int, sequence: int = 0) -> tuple[int, int]:
         """Decode tokens; return the most likely one after them, and its position."""
@@ -213,9 +233,12 @@ def ask(
 ) -> Iterator[Row]:
     """All answers to one case but those of the methods and budgets that are done."""
     with closing(asker.prompt(case)) as prompt:
-        n_prompt = prompt.n_tokens
+        n_prompt, n_items = prompt.n_tokens, None
         second = asker.second(case, prompt) if case.second_prompt else []
-        room = case.max_tokens + len(second) + 1
+        if case.cut_first:
+            second = asker.tail(case.images, case.prompt)
+            n_prompt, n_items = n_prompt - len(second), len(prompt.items) - len(second)
+        room = max(64, case.max_tokens + len(second) + 1)
         sizes = [(text, budget_of(text, n_prompt, asker.kv_type)) for text in budgets]
         sizes = [(text, size) for text, size in sizes if size < n_prompt]
         todo = {(label, text) for label in methods for text, _ in sizes} - done
@@ -223,9 +246,9 @@ def ask(
             return
         common = {"suite": suite, "task": case.task, "seed": case.seed, "n_prompt": n_prompt, "kv": asker.kv_type}
         bytes_share = float(pair_share(asker.kv_type)) / n_prompt
-        prefilled = asker.read(prompt, room)
+        prefilled = asker.read(prompt, room, n_items)
         with closing(prefilled.context) as large:
-            first = int(large.logits().argmax())
+            first = -1 if second else int(large.logits().argmax())
 
             def begin(context: Context, position: int, sequence: int = 0) -> Answer:
                 if not second:
@@ -239,7 +262,7 @@ def ask(
 
             def variants() -> Iterator[tuple[str, str, int, Callable[[], object]]]:
                 for label, chosen in methods.items():
-                    if label == "oracle":
+                    if label in ("oracle", "asked"):
                         continue
                     method: Method | Prototyped
                     if callable(chosen):
@@ -251,6 +274,13 @@ def ask(
                             yield label, text, size, partial(prefilled.select, method, size)
                 if ("full", "all") not in done:
                     yield "full", "all", n_prompt, prefilled.select_all
+                if any(label == "asked" for label, _ in todo):
+                    tails = [asker.tail(case.images, text) for text in ASKED]
+                    found = asked(large, tails, n_prompt, prefilled.position)
+                    method = Prototyped(lambda _, __: found, Answered(large, asker.path, n_prompt, 0))
+                    for text, size in sizes:
+                        if ("asked", text) in todo:
+                            yield "asked", text, size, partial(prefilled.select, method, size)
                 if not any(label == "oracle" for label, _ in todo):
                     return
                 # From here on the last queries are the answer's.
@@ -336,8 +366,8 @@ def run(args: argparse.Namespace) -> None:
     """Ask what was not asked before, and append the answers to the file."""
     kind = args.suite.split("-")[0]
     budgets = args.budgets or BUDGETS[kind].split()
-    second = args.suite.endswith("second")
-    methods = {text: method_of(text) for text in args.methods if not (second and text == "oracle")}
+    asked_later = args.suite.endswith(("second", "cut"))
+    methods = {text: method_of(text) for text in args.methods if not (asked_later and text == "oracle")}
     done: dict[tuple[Any, ...], set[tuple[str, str]]] = defaultdict(set)
     if args.out.exists():
         drop_torn_line(args.out)
@@ -360,8 +390,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def method_of(text: str) -> Method | Ranking:
-    """A method of the library, a prototype, or the oracle."""
-    if text == "oracle":
+    """A method of the library, or a ranking in numpy; those that need more than a prompt are made where it is there."""
+    if text in ("oracle", "asked"):
         return oracle
     return prototype(text[len(PROTOTYPE) :]) if text.startswith(PROTOTYPE) else configured(text)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,6 +302,23 @@ def compactor(answered: Answered, budget: int, chunk: int = 256) -> dict[int, Ar
         received = pooled(received, 3)
         share = 1 - budget / answered.n_prompt
         result[layer] = (_standard(leverage) * share + _standard(received)).astype(np.float32)
+    return result
+
+
+def asked(context: Context, questions: Sequence[Sequence[int]], n_prompt: int, position: int) -> dict[int, Array]:
+    """What questions that are likely to come attend to: the largest weight of any of their tokens, as in KVzip.
+
+    questions: the tokens of each, which are decoded after the prompt and removed again.
+    """
+    result: dict[int, Array] = {}
+    for tokens in questions:
+        context.decode(tokens, position)
+        for layer in shiftkv.layers(context):
+            queries = shiftkv.queries(context, layer)[-len(tokens) :]
+            keys = shiftkv.keys(context, layer).transpose(1, 0, 2)
+            weights = attention(queries, keys, first=n_prompt)[..., :n_prompt].max((1, 2))
+            result[layer] = np.maximum(result.get(layer, 0), weights)
+        context.remove(position)
     return result
 
 

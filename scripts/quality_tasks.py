@@ -3,7 +3,8 @@
 Suites: ``demo`` and ``demo-second`` are pictures for the shipped model (`demo_documents`); ``text`` and ``text-second``
 are texts for any chat model, of about the number of tokens asked for; ``pages`` and ``pages-second`` are pages of 24 x
 24 cells for a language model with the page reader (`page_documents`), ``pages-32`` larger ones. In the second ones the
-cache is cut for one question, which gets its right answer, and another one is asked on what was kept.
+cache is cut for one question, which gets its right answer, and another one is asked on what was kept; in ``pages-cut``
+it is cut before there is any question.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from demo_documents import Question, make_document
 from page_documents import TASKS as PAGE_TASKS
 from page_documents import page_for
 from PIL import Image
 
-PAGE_CELLS = {"pages": 24, "pages-second": 24, "pages-32": 32}
+PAGE_CELLS = {"pages": 24, "pages-second": 24, "pages-cut": 24, "pages-32": 32}
 SUITES = ("demo", "demo-second", "text", "text-second", *PAGE_CELLS)
 TEXT_TASKS = ("code", "codes", "table", "story")
 
@@ -29,6 +30,7 @@ class Case:
 
     items: what has to stand in the answer, in this order. exact: whether the answer may hold nothing else.
     judge: scores answers instead.
+    cut_first: whether the cache is cut after the pictures, and the prompt comes after that.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Case:
     first_answer: str = ""
     second_prompt: str = ""
     judge: Callable[[str], float] | None = None
+    cut_first: bool = False
 
     def score(self, answer: str) -> float:
         """The share of the items that are there, from 0 to 1; 0 or 1 where the answer has to be exact."""
@@ -75,7 +78,7 @@ def cases(suite: str, n: int, first_seed: int = 0, n_tokens: Sequence[int] = (10
             yield _two_about_page(seed, "list")
         elif suite in PAGE_CELLS:
             for task in PAGE_TASKS:
-                yield _about_page(seed, task, PAGE_CELLS[suite])
+                yield replace(_about_page(seed, task, PAGE_CELLS[suite]), cut_first=suite == "pages-cut")
         else:
             raise ValueError(f"unknown suite {suite!r}, expected one of {SUITES}")
 
