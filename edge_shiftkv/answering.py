@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from edge_shiftkv.budget import most_pairs
 from edge_shiftkv.engine.by_layer import context_by_layer, read_by_layer
 from edge_shiftkv.engine.engine import Engine, Progress
 from edge_shiftkv.engine.prefilled import Prefilled
@@ -108,6 +109,7 @@ class Requests:
 
         def start(turn: Turn, cancel: Callable[[], None]) -> Stream:
             self.engine.interrupt.limit(request.time_limit)
+            most_pairs(request.kv_budget, self.engine)  # so that errors come now
             prompt = (make_prompt or self.engine.prompt)(conversation)
             logprobs: list[TokenLogprobs] | None = None if request.sampling.logprobs is None else []
             steps = self._answer(prompt, self.room(prompt, request), conversation, request, read, wrote, logprobs)
@@ -323,6 +325,8 @@ def begin(prompt: AnyPrompt, prefilled: Prefilled, beginning: Beginning, started
         generated_tokens=0,
         kv_bytes_prompt=None,
         kv_bytes_kept=None,
+        type_k=None,
+        type_v=None,
         image_encode_s=prefilled.image_encode_s,
         prefill_s=time.perf_counter() - started,
         selection_s=0.0,
@@ -333,7 +337,9 @@ def begin(prompt: AnyPrompt, prefilled: Prefilled, beginning: Beginning, started
     if context.model.has_kv_cache:
         size = shiftkv.cache_size(context)
         before, after = (size * n // context.n_ctx for n in (prompt.n_tokens, figures.kept_tokens))
-        figures = replace(figures, kv_bytes_prompt=before, kv_bytes_kept=after)
+        figures = replace(
+            figures, kv_bytes_prompt=before, kv_bytes_kept=after, type_k=context.type_k, type_v=context.type_v
+        )
     return Begun(prefilled, token, figures)
 
 

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from edge_shiftkv.budget import Budget, read_budget
+from edge_shiftkv.errors import SettingError
+
 _SIGPIPE_STATUS = 141  # what a shell says of other tools that end so: 128 + SIGPIPE
 
 
@@ -163,13 +166,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--kv-budget",
         type=_budget,
         metavar="N",
-        help="KV pairs kept of the prompt per layer and KV head, or below 1 the share of it (default: all)",
+        help="KV pairs kept of the prompt per layer and KV head, or below 1 their share; or bytes for all layers, "
+        "as in 64MiB, or a share of the prompt's bytes in f16, as in 1/8 (default: all)",
     )
     kv_method = group.add_argument("--kv-method", metavar="NAME", help="how: mixed (default)%(others)s")
     kv_method.others = _OtherMethods()  # type: ignore[attr-defined]
     group.add_argument("-c", "--n-ctx", type=int, metavar="N", help="prompt and answer together (default: the model's)")
-    group.add_argument("--type-k", default="f16", metavar="TYPE", help="how keys are stored: f16 (default), q8_0, ...")
-    group.add_argument("--type-v", default="f16", metavar="TYPE", help="how values are stored")
+    group.add_argument(
+        "--type-k", metavar="TYPE", help="how keys are stored: f16, q8_0, ... (default: f16; q8_0 with bytes)"
+    )
+    group.add_argument("--type-v", metavar="TYPE", help="how values are stored (default: f16; q4_0 with bytes)")
     group.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (default: all)")
     group.add_argument(
         "--no-pack-weights",
@@ -229,9 +235,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; repeatable")
 
 
-def _budget(text: str) -> int | float:
-    """A number of KV pairs, or a share."""
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+def _budget(text: str) -> Budget:
+    try:
+        return read_budget(text)
+    except SettingError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -287,7 +295,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser("demo", help=text, description=text)
     parser.add_argument("--image", metavar="PICTURE", help="another picture")
     parser.add_argument("-p", "--prompt", default="Read everything.", metavar="TEXT", help="default: %(default)s")
-    parser.add_argument("--kv-budget", type=int, default=96, metavar="N", help="default: %(default)s")
+    parser.add_argument("--kv-budget", type=_budget, default=96, metavar="N", help="default: %(default)s")
     _add_heatmap(parser)
     parser.set_defaults(run=_run)
 

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to
 
 from edge_shiftkv import chat_schema
 from edge_shiftkv.answering import too_long
+from edge_shiftkv.budget import Budget, PairBytes, budget_for
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.engine.prefilled import Prefilled, ScoringMethod, least_batch
 from edge_shiftkv.errors import PromptError, SettingError, ShiftKVError
@@ -32,7 +34,7 @@ from edge_shiftkv.prompts.chat import ChatTemplate
 from edge_shiftkv.prompts.images import AllowHttp
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.request import Budget, CutSettings, budget_for
+from edge_shiftkv.request import CutSettings
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.selection.results import Selection
 
@@ -52,8 +54,9 @@ class ShiftKVChatHandler(CutSettings):
     cut is left to `Llama` altogether, its reuse of common beginnings and its `set_cache` included.
 
     clip_model_path: the GGUF file of the vision encoder and projector; None for text only.
-    kv_budget: KV pairs kept of a prompt per layer and KV head, or the share of the prompt where it is below 1; None
-        keeps all. Can be set later.
+    kv_budget: KV pairs kept of a prompt per layer and KV head, the share of them, or bytes, as in `Runtime`; None keeps
+        all. Bytes are of KV pairs as the `Llama` stores them: made with type_k=8 (q8_0), type_v=2 (q4_0) and
+        flash_attn=True, it has 2.46 times the pairs in them that it has in f16. Can be set later.
     kv_method: how they are selected, as in `Runtime`. Can be set later.
     verbose: print a line for each prompt to stderr, where the `Llama` is verbose, too.
     use_gpu: run the vision encoder on the GPU, where llama.cpp was built for one.
@@ -159,7 +162,7 @@ class ShiftKVChatHandler(CutSettings):
             self._readers[llama] = reader
         reader.context.check_open()
         if self.kv_budget is not None:
-            reader.check_cuttable()
+            _ = reader.pair_bytes  # which a model that cannot be cut has not
         return reader
 
     def _message(self, message: Mapping[str, Any]) -> Message:
@@ -202,17 +205,19 @@ class _Reader:
                 interrupt=self.interrupt,
             )
             llama._stack.callback(self.projector.close)
-        self.context = Context.borrowed(self.model, llama.ctx, self.interrupt)
+        params = llama.context_params
+        self.context = Context.borrowed(self.model, llama.ctx, params.type_k, params.type_v, self.interrupt)
         llama._stack.callback(self.context.close)
         self.answer: _Answer | None = None
-        self._cuttable = False
 
-    def check_cuttable(self) -> None:
-        """Raise ShiftKVError for a model whose KV cache cannot be cut."""
-        if not self._cuttable:
-            shiftkv.capture(self.context)
+    @cached_property
+    def pair_bytes(self) -> PairBytes:
+        """What a token's KV pairs take in the layers that are cut. Raises ShiftKVError for a model that cannot be."""
+        shiftkv.capture(self.context)
+        try:
+            return shiftkv.pair_bytes(self.context)
+        finally:
             shiftkv.capture_end(self.context)
-            self._cuttable = True
 
     def read(
         self, prompt: Prompt, budget: int | None, method: Method | ScoringMethod
@@ -249,7 +254,7 @@ class _Completing:
         n_ctx = min(reader.context.n_ctx, len(llama.input_ids))  # llama.cpp may have rounded it up
         if read.n_tokens >= n_ctx:
             raise too_long(read.n_tokens, n_ctx, read.n_image_tokens)
-        budget = budget_for(handler.kv_budget, read.n_tokens)
+        budget = budget_for(handler.kv_budget, read.n_tokens, reader)
         if handler.verbose and llama.verbose:
             kept = "all" if budget is None else budget
             print(f"ShiftKVChatHandler: {read.n_tokens} tokens in the prompt, {kept} kept", file=sys.stderr)

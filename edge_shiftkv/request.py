@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ForwardRef, TypedDict, TypeVar, get_type_hints
 
+from edge_shiftkv.budget import Budget, check_budget
 from edge_shiftkv.checks import check_number, texts
 from edge_shiftkv.engine.prefilled import ScoringMethod
 from edge_shiftkv.errors import SettingError
@@ -26,7 +27,8 @@ class Options(TypedDict, total=False):
     grammar: GBNF that the answer keeps to; json_schema: a JSON schema that it keeps to; at most one of the two.
     logprobs: 0 to 20: `Completion.logprobs` says how likely each token was, and as many alternatives; None does not.
     time_limit: seconds that the request may take, from the call on; None, the default, sets no limit.
-    kv_budget, kv_method: those of this request, in place of the runtime's; a kv_budget of None keeps all.
+    kv_budget, kv_method: those of this request, in place of the runtime's; a kv_budget of None keeps all. Bytes are of
+        KV pairs as the runtime stores them.
     """
 
     max_tokens: int | None
@@ -44,11 +46,9 @@ class Options(TypedDict, total=False):
     logprobs: int | None
     stop: str | Sequence[str] | None
     time_limit: float | None
-    kv_budget: int | float | None
+    kv_budget: int | float | str | None
     kv_method: Method | ScoringMethod | str | None
 
-
-Budget = int | float | None
 
 DEFAULT_MAX_TOKENS = 512
 
@@ -79,26 +79,6 @@ def _written(hint: Any) -> Any:
     return hint.__forward_arg__ if isinstance(hint, ForwardRef) else hint
 
 
-def check_budget(budget: Budget) -> Budget:
-    """The budget, which is a number of KV pairs, a share of the prompt, or None. Raises SettingError."""
-    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 2
-    share = isinstance(budget, float) and (0 < budget < 1 or (budget >= 2 and budget.is_integer()))
-    if budget is not None and not whole and not share:
-        raise SettingError(
-            f"kv_budget is {budget!r}: it has to be a number of KV pairs >= 2, a share of the prompt between 0 and 1, "
-            "or None to keep all"
-        )
-    return budget
-
-
-def budget_for(budget: Budget, n_tokens: int) -> int | None:
-    """The KV pairs to keep of a prompt of `n_tokens`; None where that is all of them."""
-    if budget is None:
-        return None
-    n = max(2, round(budget * n_tokens)) if budget < 1 else int(budget)
-    return n if n < n_tokens else None
-
-
 def method_of(value: Method | ScoringMethod | str | None) -> Method | ScoringMethod:
     """A method, by itself or by name; the default one for None. Raises SettingError for a name there is not."""
     if value is None:
@@ -116,7 +96,7 @@ class CutSettings:
 
     @property
     def kv_budget(self) -> Budget:
-        """KV pairs kept of a prompt per layer and KV head, or the share of it below 1; None keeps all."""
+        """KV pairs kept of a prompt per layer and KV head, the share of them, or bytes, as in `Runtime`; None: all."""
         return self._kv_budget
 
     @kv_budget.setter

@@ -41,7 +41,9 @@ class Figures:
     kept_tokens: KV pairs kept per layer and KV head; prompt_tokens where nothing was cut.
     generated_tokens: tokens of the answer.
     kv_bytes_prompt, kv_bytes_kept: bytes of the prompt's KV pairs over all layers, before and after the selection; None
-        for models without a KV cache. Where nothing was cut and layers have sliding windows, they are estimates.
+        for models without a KV cache. Where nothing was cut and layers have sliding windows, they are estimates. What
+        such layers keep is part of both; a budget in bytes is for the others.
+    type_k, type_v: how keys and values are stored, as in `Runtime`; None for models without a KV cache.
     image_encode_s: seconds in the vision encoder; part of prefill_s.
     prefill_s: seconds from the start until the first token was drawn.
     selection_s: seconds to select KV pairs and hand them over; 0 where nothing was cut.
@@ -57,6 +59,8 @@ class Figures:
     generated_tokens: int
     kv_bytes_prompt: int | None
     kv_bytes_kept: int | None
+    type_k: str | None
+    type_v: str | None
     image_encode_s: float
     prefill_s: float
     selection_s: float

@@ -17,6 +17,7 @@ from edge_shiftkv import chat_schema, hub, session_file
 from edge_shiftkv.answering import Beginning, Begun, Requests, begin, cut, n_cells
 from edge_shiftkv.batch.batch import Batch, Many
 from edge_shiftkv.batch.rows import Ready, Rows, read_row
+from edge_shiftkv.budget import Budget, budget_for, check_budget, is_in_bytes, most_pairs
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.by_layer import check_by_layer
@@ -28,16 +29,7 @@ from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import AllowHttp, ImageRoot, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.request import (
-    Budget,
-    CutSettings,
-    Options,
-    Request,
-    budget_for,
-    check_budget,
-    method_of,
-    takes_options,
-)
+from edge_shiftkv.request import CutSettings, Options, Request, method_of, takes_options
 from edge_shiftkv.results import Completion
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.session import Session
@@ -60,12 +52,20 @@ class Runtime(CutSettings, Closing):
 
     model: path of a GGUF file.
     mmproj: path of the GGUF file with its vision encoder and projector.
-    kv_budget: KV pairs kept of a prompt per layer and KV head, at least 2; or the share of the prompt, between 0 and 1;
-        None keeps all. Can be set later.
+    kv_budget: KV pairs kept of a prompt per layer and KV head, at least 2; or the share of them, between 0 and 1; None
+        keeps all. Or text: bytes for what is kept of a prompt, over all layers that are cut, such as "64MiB" (kB, MB
+        and GB are powers of ten); or a share such as "1/8" of the bytes that the prompt's KV pairs in those layers take
+        in f16. As many pairs are kept as fit these, at least 2. Layers with sliding windows are not cut, and do not
+        count. Can be set later.
     kv_method: how they are selected: a configuration, the name of one in `METHODS`, or a `ScoringMethod` of your own;
         None is "mixed". Can be set later.
     n_ctx: the most tokens of prompt and answer together; None or 0 takes what the model was trained with.
-    type_k, type_v: how KV pairs are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
+    type_k, type_v: how keys and values are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl. It holds for
+        all that is read and written, prompts before they are cut among it. None is f16, but for a runtime that is made
+        with a budget in bytes: there it is q8_0 for keys and q4_0 for values (q8_0 on Metal), which has 2.46 times the
+        pairs in the same bytes. Where llama.cpp has no cache of these types for a model, as for heads whose size is no
+        multiple of 32, a RuntimeWarning says so, and it is f16. `Figures` have the types. A budget in bytes that is set
+        later, or with a request, is for KV pairs as they are stored then.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
     pack_weights: whether weights for the CPU may be copied into the order that its kernels are fastest with. The copy
         takes as much memory as those weights; without it, they are read from the mapped file, and passes over several
@@ -90,7 +90,8 @@ class Runtime(CutSettings, Closing):
         how much of it is done, and of how much: bytes, or tokens.
 
     Raises ModelError when a file is missing, is not what it should be, or two do not fit; SettingError for a setting
-    out of its range, or two that exclude each other; ShiftKVError for a model that cannot be read by layer.
+    out of its range, two that exclude each other, or bytes that 2 KV pairs do not fit; ShiftKVError for a model that
+    cannot be read by layer, or cut to bytes.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class Runtime(CutSettings, Closing):
         kv_budget: Budget = None,
         kv_method: Method | ScoringMethod | str | None = None,
         n_ctx: int | None = None,
-        type_k: str = "f16",
-        type_v: str = "f16",
+        type_k: str | None = None,
+        type_v: str | None = None,
         n_gpu_layers: int = -1,
         pack_weights: bool = True,
         n_threads: int | None = None,
@@ -133,6 +134,7 @@ class Runtime(CutSettings, Closing):
                     *(model, mmproj),
                     type_k=type_k,
                     type_v=type_v,
+                    small_kv=is_in_bytes(kv_budget),
                     n_gpu_layers=n_gpu_layers,
                     pack_weights=pack_weights,
                     n_threads=n_threads,
@@ -140,6 +142,7 @@ class Runtime(CutSettings, Closing):
                     progress=progress,
                 )
             )
+            most_pairs(kv_budget, engine)  # so that errors come now
             drafting: Drafting | None = None
             if draft is not None:
                 drafting = Drafting(Path(draft), engine, draft_options, progress)
@@ -451,7 +454,7 @@ class Runtime(CutSettings, Closing):
         """Read the prompt, draw the first token, and cut the KV cache where it is over the budget."""
         started = time.perf_counter()
         request, n_batch = beginning.request, self.engine.batch(prompt)
-        budget = budget_for(request.kv_budget, prompt.n_tokens)
+        budget = budget_for(request.kv_budget, prompt.n_tokens, self.engine)
         if budget is None:
             context = self._kept.get(roomy(prompt.n_tokens + beginning.room), n_batch, beginning.n_pass)
             if self._prefilled is None or self._prefilled.context is not context:

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from edge_shiftkv import session_file
 from edge_shiftkv.answering import AnyPrompt, Beginning, Begun, Requests, begin, cut, too_long
+from edge_shiftkv.budget import Budget, budget_for, check_budget
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, SPARE, Prefilled, ScoringMethod
 from edge_shiftkv.errors import CancelledError, ClosedError, PromptError, SessionError, SettingError, ShiftKVError
@@ -26,7 +27,7 @@ from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.images import ImageSource
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Continued, Head
-from edge_shiftkv.request import Budget, Options, Request, budget_for, check_budget, method_of, takes_options
+from edge_shiftkv.request import Options, Request, method_of, takes_options
 from edge_shiftkv.results import Completion
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.selection.results import Selection
@@ -112,9 +113,9 @@ class Session(Closing):
     def reply(self, text: str, images: Sequence[ImageSource] = (), **options: Unpack[Options]) -> Completion:
         """Go on after the last answer, which the model then knows, in the KV cache that it was written in.
 
-        images: further pictures, before the text. With a budget, as many KV pairs stay of this reply's prompt, beside
-            those that were there before it: each picture is cut once, for its first answer, and a conversation over
-            many pictures stays small.
+        images: further pictures, before the text. With a budget, so much stays of this reply's prompt, beside what was
+            there before it: each picture is cut once, for its first answer, and a conversation over many pictures stays
+            small.
 
         Raises what `ask` raises, and PromptError where nothing was asked yet.
         """
@@ -145,11 +146,12 @@ class Session(Closing):
         return self._stream(messages, self._read_question if is_first else self._read_reply, options)
 
     def cut(self, budget: Budget = None, kv_method: Method | ScoringMethod | str | None = None) -> None:
-        """Keep `budget` KV pairs per layer and KV head of what was read, and free the others.
+        """Keep what fits `budget` of what was read, and free the rest.
 
         budget, kv_method: as in `Runtime`; by default the session's.
 
-        Raises SettingError for a budget out of its range, or none; ShiftKVError for a session that is cut already.
+        Raises SettingError for a budget out of its range, or none, or one that all of it fits; ShiftKVError for a
+        session that is cut already.
         """
         budget = check_budget(self._kv_budget if budget is None else budget)
         chosen = self._kv_method if kv_method is None else method_of(kv_method)
@@ -296,7 +298,7 @@ class Session(Closing):
         started = time.perf_counter()
         self._last = None
         request = beginning.request
-        budget = None if self._is_cut else budget_for(request.kv_budget, prompt.n_tokens)
+        budget = None if self._is_cut else self._budget(request, prompt.n_tokens)
         if budget is not None and self._is_fixed:
             raise SettingError("the session came from a file, which has no queries to cut by: kv_budget has to be None")
         base = self._read_about(request, prompt.n_tokens + (beginning.room if budget is None else 0))
@@ -316,7 +318,7 @@ class Session(Closing):
         if last is None or not last.can_read(prompt):
             return self._read_after(prompt, beginning)
         if any(isinstance(chunk, ImageChunk) for chunk in prompt.chunks):
-            budget = budget_for(beginning.request.kv_budget, prompt.n_tokens - last.n_tokens)
+            budget = self._budget(beginning.request, prompt.n_tokens - last.n_tokens)
             if budget is not None:
                 return self._read_pictures(prompt, last, budget, beginning, started)
         if last.context is (self._base and self._base.context):
@@ -367,14 +369,19 @@ class Session(Closing):
         """Whether what the session is about cannot be read again."""
         return self._is_cut or self._is_loaded
 
-    def _cut(self, budget: float, method: Method | ScoringMethod) -> None:
+    def _budget(self, request: Request, n_tokens: int) -> int | None:
+        return budget_for(request.kv_budget, n_tokens, self._requests.engine)
+
+    def _cut(self, budget: Budget, method: Method | ScoringMethod) -> None:
         if self._is_fixed:
             raise ShiftKVError("the session was cut already, or came from a file: it cannot be cut again")
         request = Request.of(kv_budget=budget, kv_method=method)
         base = self._about_only(request)
-        n_kept = budget_for(budget, base.n_tokens)
+        n_kept = self._budget(request, base.n_tokens)
         if n_kept is None:
-            raise SettingError(f"kv_budget is {budget}: what was read has only {base.n_tokens} tokens")
+            raise SettingError(
+                f"kv_budget is {budget}: what was read has only {base.n_tokens} tokens, all of which it has room for"
+            )
         selection = base.select(method, n_kept)
         window = min(base.context.model.window, base.n_tokens)
         context = self._new(max(n_kept, window) + _CUT_ROOM, BATCH)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_shiftkv.answering import Answer, Beginning, Begun, Requests, begin, cut, n_cells
-from edge_shiftkv.batch.rows import Row, Rows
+from edge_shiftkv.batch.rows import Ready, Row, Rows
 from edge_shiftkv.batch.slots import Job, Slots
+from edge_shiftkv.budget import budget_for
 from edge_shiftkv.engine.engine import KeptPrompt
 from edge_shiftkv.engine.prefilled import Prefilled
 from edge_shiftkv.errors import CancelledError, ShiftKVError, TimeLimitError
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.request import Request, budget_for
+from edge_shiftkv.request import Request
 from edge_shiftkv.results import Completion, TokenLogprobs
 from edge_shiftkv.sampling import Sampler
 from edge_shiftkv.stream import Running, Turn
@@ -61,12 +62,9 @@ class _Opened:
     row: Row
     request: Request
     prompt: Prompt
+    budget: int | None
     room: int
     is_retry: bool
-
-    @property
-    def budget(self) -> int | None:
-        return budget_for(self.request.kv_budget, self.prompt.n_tokens)
 
 
 class Many:
@@ -139,8 +137,7 @@ class Many:
                     row, result = self.rows.take()
                     self._n_begun += 1
                     ready = result()
-                prompt = self._engine.prompt(ready.conversation)
-                opened = _Opened(row, ready.request, prompt, self._requests.room(prompt, ready.request), is_retry)
+                opened = self._opened(row, ready, is_retry)
             if self._slots.jobs and not self._slots.fits(self._n_cells(opened)):
                 self._waiting = opened
                 return
@@ -151,6 +148,15 @@ class Many:
                 raise
             self._failed(row, error)
         self._take_ended()
+
+    def _opened(self, row: Row, ready: Ready, is_retry: bool) -> _Opened:
+        request, prompt = ready.request, self._engine.prompt(ready.conversation)
+        with ExitStack() as failed:
+            failed.callback(prompt.close)
+            budget = budget_for(request.kv_budget, prompt.n_tokens, self._engine)
+            room = self._requests.room(prompt, request)
+            failed.pop_all()
+        return _Opened(row, request, prompt, budget, room, is_retry)
 
     def _begin(self, opened: _Opened) -> None:
         """Read a prompt, draw the first token, and have what is kept in a slot."""

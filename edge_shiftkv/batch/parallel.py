@@ -8,11 +8,12 @@ from contextlib import closing
 
 import psutil
 
+from edge_shiftkv.budget import Budget, most_pairs
 from edge_shiftkv.engine.engine import Engine
 from edge_shiftkv.errors import ShiftKVError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
-from edge_shiftkv.request import Budget, Options
+from edge_shiftkv.request import Options
 
 MOST = 16
 _GAIN = 1.1  # that twice as many answers have to bring
@@ -31,7 +32,7 @@ def choose_parallel(
     n_ctx, budget, options: say how long a slot is.
     clock: seconds.
     """
-    kept = int(budget) if budget and budget >= 1 else _UNKNOWN_PROMPT
+    kept = most_pairs(budget, engine) or _UNKNOWN_PROMPT
     n_cells = min(n_ctx, kept + (options.get("max_tokens") or n_ctx))
     best, best_rate, n = 1, 0.0, 1
     while n <= MOST:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from edge_shiftkv.budget import read_budget
 from edge_shiftkv.chat.conversation import Chat
 from edge_shiftkv.commands.figures import LABEL_WIDTH, figure_rows, mebibytes, save_heatmap
 from edge_shiftkv.errors import PromptError, SettingError
@@ -114,12 +115,13 @@ def _budget(chat: Chat, argument: str, screen: Screen) -> None:
     if argument:
         _check_not_loaded(chat, "budget")
         try:
-            number = None if argument == "all" else float(argument) if "." in argument else int(argument)
-        except ValueError as error:
+            budget = None if argument == "all" else read_budget(argument)
+        except SettingError as error:
             raise SettingError(
-                f"{argument} is no budget: write a number of KV pairs, a share such as 0.25, or all"
+                f"{argument} is no budget: write a number of KV pairs, a share of them such as 0.25, bytes such as "
+                "64MiB, a share of the bytes such as 1/8, or all"
             ) from error
-        chat.set_budget(number)
+        chat.set_budget(budget)
     screen.note(f"budget: {budget_text(chat)}" + (_FROM_NOW_ON if argument and chat.turns else ""))
 
 
@@ -216,9 +218,12 @@ def _quit(_chat: Chat, _argument: str, _screen: Screen) -> None:
 
 def budget_text(chat: Chat) -> str:
     """The budget, for people."""
-    budget = chat.runtime.kv_budget
+    budget, engine = chat.runtime.kv_budget, chat.runtime.engine
     if budget is None:
         return "all of the prompt's KV pairs"
+    if isinstance(budget, str):
+        what = "of the prompt's bytes in f16" if "/" in budget else "of KV pairs"
+        return f"{budget} {what}, keys in {engine.type_k}, values in {engine.type_v}"
     return f"{budget:g} of the prompt's KV pairs" if budget < 1 else f"{budget} KV pairs per layer and KV head"
 
 
@@ -236,7 +241,11 @@ COMMANDS = {
     command.usage.split()[0]: command
     for command in (
         Command("/image PATH...", "attach pictures to the next message", _image),
-        Command("/budget [N|0.25|all]", "KV pairs kept per layer and KV head, or the share of them", _budget),
+        Command(
+            "/budget [N|0.25|64MiB|1/8|all]",
+            "KV pairs kept per layer and KV head, the share of them, or bytes",
+            _budget,
+        ),
         Command("/method [NAME]", "how they are chosen; without a name: the names", _method),
         Command("/stats", "figures of the last answer and of the conversation", _stats),
         Command("/heatmap PATH", "draw what was kept of the pictures", _heatmap),

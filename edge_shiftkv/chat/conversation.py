@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from edge_shiftkv import session_file
+from edge_shiftkv.budget import Budget, check_budget
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import ScoringMethod
 from edge_shiftkv.errors import PromptError, SessionError
 from edge_shiftkv.prompts.messages import Message
-from edge_shiftkv.request import Budget, Options, check_budget, method_of
+from edge_shiftkv.request import Options, method_of
 from edge_shiftkv.results import Completion
 from edge_shiftkv.selection.methods import Method
 from edge_shiftkv.selection.results import Selection

@@ -34,6 +34,7 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
         ("prompt", f"{figures.prompt_tokens} tokens, {figures.image_tokens} visual"),
         ("kept", f"{figures.kept_tokens} per layer and KV head"),
         ("KV cache", f"{mebibytes(figures.kv_bytes_prompt)} -> {mebibytes(figures.kv_bytes_kept)}"),
+        ("KV types", "" if figures.type_k is None else f"keys {figures.type_k}, values {figures.type_v}"),
         ("vision encoder", f"{figures.image_encode_s:.3f} s"),
         ("prefill", f"{figures.prefill_s:.3f} s with the encoder"),
         ("selection", f"{figures.selection_s:.3f} s"),

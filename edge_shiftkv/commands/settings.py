@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_shiftkv import hub
+from edge_shiftkv.budget import is_in_bytes
 from edge_shiftkv.engine.engine import Progress
 from edge_shiftkv.errors import ModelError, SettingError
 from edge_shiftkv.prompts.images import AllowHttp
@@ -103,11 +104,13 @@ def answers_depend_on(runtime: Mapping[str, Any], options: Options) -> dict[str,
 
     Raises ModelError for a model that cannot be read.
     """
+    chosen = "small" if is_in_bytes(runtime["kv_budget"]) else "f16"
     return {
         "model": _hash(runtime["model"]),
         "mmproj": runtime["mmproj"] and _hash(runtime["mmproj"]),
         **{name: value for name, value in runtime.items() if name not in (*_MACHINE, "model", "mmproj")},
         "kv_method": runtime["kv_method"] or DEFAULT_METHOD,
+        **{name: runtime[name] or chosen for name in ("type_k", "type_v")},
         **{name: value for name, value in options.items() if name not in ("seed", "time_limit")},
     }
 

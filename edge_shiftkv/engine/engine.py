@@ -9,13 +9,21 @@ from contextlib import ExitStack, closing
 from functools import cached_property
 from pathlib import Path
 
+from edge_shiftkv.budget import PairBytes
 from edge_shiftkv.checks import check_number
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.engine.prefilled import BATCH, SPARE, Prefilled, prefill_batch
 from edge_shiftkv.errors import SettingError, ShiftKVError
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.calls import Interrupt
-from edge_shiftkv.native.llama import KV_TYPES, Context, Model, backend_without_device, usable_cpus
+from edge_shiftkv.native.llama import (
+    KV_TYPES,
+    Context,
+    Model,
+    backend_without_device,
+    small_kv_types,
+    usable_cpus,
+)
 from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.prompts.chat import ChatTemplate
 from edge_shiftkv.prompts.conversation import Conversation
@@ -33,7 +41,9 @@ class Engine(Closing):
 
     A context manager; `close` frees the files. Contexts made here have to be closed before.
 
-    model, mmproj, type_k, type_v, n_gpu_layers, pack_weights, n_threads, image_cache: as in `Runtime`.
+    model, mmproj, n_gpu_layers, pack_weights, n_threads, image_cache: as in `Runtime`.
+    type_k, type_v: how KV pairs are stored; None is f16, or with `small_kv` the small types that `Runtime` takes for
+        budgets in bytes.
     progress: is told how many bytes of how many are loaded of "model" and "mmproj", now and then.
 
     Raises ModelError when a file is missing, is not what it should be, or two do not fit; SettingError.
@@ -44,8 +54,9 @@ class Engine(Closing):
         model: str | os.PathLike[str],
         mmproj: str | os.PathLike[str] | None = None,
         *,
-        type_k: str = "f16",
-        type_v: str = "f16",
+        type_k: str | None = None,
+        type_v: str | None = None,
+        small_kv: bool = False,
         n_gpu_layers: int = -1,
         pack_weights: bool = True,
         n_threads: int | None = None,
@@ -53,14 +64,14 @@ class Engine(Closing):
         progress: Progress | None = None,
     ) -> None:
         for name in (type_k, type_v):
-            if name not in KV_TYPES:
+            if name is not None and name not in KV_TYPES:
                 raise SettingError(f"KV type {name!r} is not known: use one of {', '.join(KV_TYPES)}")
         if n_threads is None or n_threads == -1:
             n_threads = usable_cpus()
         check_number("n_threads", n_threads, 1, whole=True, note="None or -1 takes all")
         check_number("image_cache", image_cache, 0, note="MiB; 0 keeps no embeddings")
         self.path, self.mmproj_path = Path(model), None if mmproj is None else Path(mmproj)
-        self.type_k, self.type_v = type_k, type_v
+        self.type_k, self.type_v = type_k or "f16", type_v or "f16"
         self.n_gpu_layers = n_gpu_layers
         self.pack_weights = pack_weights
         self.n_threads = n_threads
@@ -92,6 +103,8 @@ class Engine(Closing):
                 )
                 resources.callback(self.projector.close)
             self.template = ChatTemplate(self.model)
+            if small_kv:
+                self._choose_small_types(type_k, type_v)
             self._resources = resources.pop_all()
 
     def close(self) -> None:
@@ -122,6 +135,31 @@ class Engine(Closing):
             n_seq=n_seq,
             interrupt=self.interrupt,
         )
+
+    def _choose_small_types(self, type_k: str | None, type_v: str | None) -> None:
+        """Store what is left to choose in small types, if llama.cpp makes contexts of this model with them."""
+        chosen = self.type_k, self.type_v
+        small_k, small_v = small_kv_types(self.n_gpu_layers)
+        self.type_k, self.type_v = type_k or small_k, type_v or small_v
+        try:
+            self.context(1, 2).close()
+        except ShiftKVError as error:
+            self.type_k, self.type_v = chosen
+            warnings.warn(
+                f"keys are stored in {chosen[0]}, values in {chosen[1]}, of which a budget in bytes has fewer: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    @cached_property
+    def pair_bytes(self) -> PairBytes:
+        """What a token's KV pairs take in the layers that are cut.
+
+        Raises ShiftKVError for a model whose KV pairs cannot be cut, and without the memory to find out.
+        """
+        with closing(self.context(1, 2)) as context:
+            shiftkv.capture(context)
+            return shiftkv.pair_bytes(context)
 
     @cached_property
     def can_cut(self) -> bool:

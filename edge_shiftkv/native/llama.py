@@ -42,8 +42,21 @@ def backend_without_device() -> str | None:
     """The GPU backend that the library was built for and sees no device of: everything runs on the CPU then."""
     if llama.llama_supports_gpu_offload():
         return None
-    folder = Path(llama._base_path)
-    return next((name for name in ("CUDA", "Metal", "Vulkan") if any(folder.glob(f"*ggml-{name.lower()}.*"))), None)
+    return next((name for name in ("CUDA", "Metal", "Vulkan") if _is_built_for(name)), None)
+
+
+def _is_built_for(backend: str) -> bool:
+    return any(Path(llama._base_path).glob(f"*ggml-{backend.lower()}.*"))
+
+
+def small_kv_types(n_gpu_layers: int) -> tuple[str, str]:
+    """The types of keys and values in which the same bytes hold the most pairs that answers are right with.
+
+    Keys suffer more: a rounded one moves a whole weight. docs/howto/budgets.md has figures.
+    """
+    # Metal's flash attention takes keys and values of one type: others would be computed on the CPU.
+    on_metal = n_gpu_layers != 0 and llama.llama_supports_gpu_offload() and _is_built_for("Metal")
+    return "q8_0", "q8_0" if on_metal else "q4_0"
 
 
 class Model(Handle):
@@ -119,6 +132,14 @@ class Model(Handle):
     def has_kv_cache(self) -> bool:
         """Whether all that the model remembers are KV pairs of tokens; other memories do not grow with the prompt."""
         return not (llama.llama_model_is_recurrent(self.pointer) or llama.llama_model_is_hybrid(self.pointer))
+
+    @cached_property
+    def n_embd_head_v(self) -> int:
+        """The size of a head's value, in layers without a sliding window."""
+        written = self._metadata(f"{self.architecture}.attention.value_length")
+        if written is not None:
+            return int(written)
+        return int(llama.llama_model_n_embd(self.pointer) // llama.llama_model_n_head(self.pointer))
 
     @cached_property
     def window(self) -> int:
@@ -249,6 +270,7 @@ class Model(Handle):
 class Context(Handle):
     """A KV cache of `n_ctx` tokens and the buffers to decode up to `n_batch` tokens at once: a `llama_context *`.
 
+    type_k, type_v: how KV pairs are stored: names in `KV_TYPES`.
     n_outputs: the most tokens of one `decode` that logits are wanted for.
     n_seq: sequences that it holds, 1 to `MAX_SEQUENCES`, each with `n_ctx` cells of its own: what is in one changes
         nothing in another.
@@ -287,20 +309,23 @@ class Context(Handle):
                 f"no context of {n_ctx if n_seq == 1 else f'{n_seq} x {n_ctx}'} tokens with a {type_k}/{type_v} KV "
                 f"cache for this model: lower n_ctx or choose other KV types{logs.explain(errors)}"
             )
-        self._take(model, n_outputs, interrupt)
+        self._take(model, type_k, type_v, n_outputs, interrupt)
 
     @classmethod
-    def borrowed(cls, model: Model, pointer: Any, interrupt: Interrupt) -> Context:
+    def borrowed(cls, model: Model, pointer: Any, type_k: int, type_v: int, interrupt: Interrupt) -> Context:
         """A context that somebody else made and frees, after the last use of this and before that of `interrupt`.
+
+        type_k, type_v: what it was made with, enum ggml_type.
 
         Raises ShiftKVError for one without a memory.
         """
         self = cls.__new__(cls)
         Handle.__init__(self, "context", pointer, _leave)
-        self._take(model, 1, interrupt)
+        names = {number: name for name, number in KV_TYPES.items()}
+        self._take(model, names[type_k], names[type_v], 1, interrupt)
         return self
 
-    def _take(self, model: Model, n_outputs: int, interrupt: Interrupt | None) -> None:
+    def _take(self, model: Model, type_k: str, type_v: str, n_outputs: int, interrupt: Interrupt | None) -> None:
         if not llama.llama_get_memory(self.pointer):
             self.close()
             raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
@@ -310,6 +335,7 @@ class Context(Handle):
         self.interrupt.watch(self.pointer)
         self.n_outputs = min(n_outputs, self.n_batch)
         self.model = model
+        self.type_k, self.type_v = type_k, type_v
 
     def resized(self) -> None:
         """Learn how many tokens the cache has room for now."""

@@ -11,10 +11,12 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
+from edge_shiftkv.budget import PairBytes
 from edge_shiftkv.errors import ShiftKVError
 from edge_shiftkv.native import logs
 from edge_shiftkv.native.calls import native_call
-from edge_shiftkv.native.llama import Context
+from edge_shiftkv.native.gguf_file import BLOCKS, F16
+from edge_shiftkv.native.llama import KV_TYPES, Context
 
 MAX_PROXY = 4096
 MAX_QUERY = 512
@@ -228,6 +230,23 @@ def shape(context: Context, layer: int) -> Shape:
     result = (ctypes.c_int32 * 3)()
     _check("nothing was captured", _get_shape, context.pointer, layer, result)
     return Shape(*result)
+
+
+def pair_bytes(context: Context) -> PairBytes:
+    """What a token's KV pairs take in the layers that are cut. Raises ShiftKVError before `capture`."""
+    type_k, type_v = KV_TYPES[context.type_k], KV_TYPES[context.type_v]
+    stored = f16 = 0
+    for layer in layers(context):
+        size = shape(context, layer)
+        n_k, n_v = size.n_head_kv * size.n_embd_head, size.n_head_kv * context.model.n_embd_head_v
+        stored += _row_bytes(type_k, n_k) + _row_bytes(type_v, n_v)
+        f16 += _row_bytes(F16, n_k + n_v)
+    return PairBytes(stored, f16)
+
+
+def _row_bytes(ggml_type: int, n: int) -> int:
+    block, size = BLOCKS[ggml_type]
+    return n // block * size
 
 
 def kept(context: Context) -> dict[int, npt.NDArray[np.int32]]:
