@@ -103,7 +103,7 @@ class Engine(Closing):
                 )
                 resources.callback(self.projector.close)
             self.template = ChatTemplate(self.model)
-            if small_kv:
+            if small_kv and None in (type_k, type_v):
                 self._choose_small_types(type_k, type_v)
             self._resources = resources.pop_all()
 
