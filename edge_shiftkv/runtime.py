@@ -62,10 +62,11 @@ class Runtime(CutSettings, Closing):
     n_ctx: the most tokens of prompt and answer together; None or 0 takes what the model was trained with.
     type_k, type_v: how keys and values are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl. It holds for
         all that is read and written, prompts before they are cut among it. None is f16, but for a runtime that is made
-        with a budget in bytes: there it is q8_0 for keys and q4_0 for values (q8_0 on Metal), which has 2.46 times the
-        pairs in the same bytes. Where llama.cpp has no cache of these types for a model, as for heads whose size is no
-        multiple of 32, a RuntimeWarning says so, and it is f16. `Figures` have the types. A budget in bytes that is set
-        later, or with a request, is for KV pairs as they are stored then.
+        with a budget in bytes: there it is q8_0 for keys and q4_0 for values, which has 2.46 times the pairs in the
+        same bytes; on CUDA and Metal, where attention is for keys and values of one type, q8_0 for both, 1.88 times.
+        Where llama.cpp has no cache of these types for a model, as for heads whose size is no multiple of 32, a
+        RuntimeWarning says so, and it is f16. `Figures` have the types. A budget in bytes that is set later, or with a
+        request, is for KV pairs as they are stored then.
     n_gpu_layers: layers (and KV caches of layers) on the GPU, where llama.cpp was built for one; -1 for all.
     pack_weights: whether weights for the CPU may be copied into the order that its kernels are fastest with. The copy
         takes as much memory as those weights; without it, they are read from the mapped file, and passes over several

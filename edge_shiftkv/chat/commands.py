@@ -242,7 +242,7 @@ COMMANDS = {
     for command in (
         Command("/image PATH...", "attach pictures to the next message", _image),
         Command(
-            "/budget [N|0.25|64MiB|1/8|all]",
+            "/budget [N|0.25|64MiB|all]",
             "KV pairs kept per layer and KV head, the share of them, or bytes",
             _budget,
         ),

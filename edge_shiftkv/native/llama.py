@@ -54,9 +54,11 @@ def small_kv_types(n_gpu_layers: int) -> tuple[str, str]:
 
     Keys suffer more: a rounded one moves a whole weight. docs/howto/budgets.md has figures.
     """
-    # Metal's flash attention takes keys and values of one type: others would be computed on the CPU.
-    on_metal = n_gpu_layers != 0 and llama.llama_supports_gpu_offload() and _is_built_for("Metal")
-    return "q8_0", "q8_0" if on_metal else "q4_0"
+    # Attention on Metal takes keys and values of one type only, and CUDA's is built for such, as a rule: others would
+    # be computed on the CPU, or converted for every token.
+    on_gpu = n_gpu_layers != 0 and llama.llama_supports_gpu_offload()
+    alike = on_gpu and any(_is_built_for(backend) for backend in ("Metal", "CUDA"))
+    return "q8_0", "q8_0" if alike else "q4_0"
 
 
 class Model(Handle):

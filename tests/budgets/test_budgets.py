@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp.llama_cpp as llama_h
 import numpy as np
+import openai
 import pytest
 from llama_cpp import Llama
 from support import kv_state
 from support.gguf_random import Spec, write_model
+from support.server import serving
 
 from edge_shiftkv import Runtime, SettingError, ShiftKVChatHandler, ShiftKVError, cli
 from edge_shiftkv.batch.parallel import choose_parallel
 from edge_shiftkv.budget import PairBytes, budget_for, check_budget, most_pairs, read_budget
+from edge_shiftkv.chat import commands
+from edge_shiftkv.chat.conversation import Chat
 from edge_shiftkv.native.llama import Model, small_kv_types
+from edge_shiftkv.prompts.images import load_image
 
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q4_0": 18 / 32}
 """Of a number in storage."""
@@ -143,7 +148,7 @@ WRONG = [
 
 @pytest.mark.parametrize("budget", WRONG, ids=lambda text: text[:10])
 def test_other_text_is_refused(budget: str) -> None:
-    with pytest.raises(SettingError, match="kv_budget is .*bytes such as '64MiB'.*such as '1/8'") as caught:
+    with pytest.raises(SettingError, match=r"kv_budget is .*bytes such as '64MiB'.*such as '1/8'") as caught:
         check_budget(budget)
     assert len(str(caught.value)) < 600
     with pytest.raises(SettingError):
@@ -316,17 +321,28 @@ def test_what_cannot_be_stored_in_them_stays_f16(folder: Path, spec: Spec, reaso
         assert (runtime.engine.type_k, runtime.engine.type_v) == ("f32", "f16")
 
 
-def test_metal_takes_keys_and_values_of_one_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("library", "on_gpu"),
+    [
+        ("libggml-metal.dylib", "q8_0"),
+        ("libggml-cuda.so", "q8_0"),
+        ("ggml-cuda.dll", "q8_0"),
+        ("libggml-vulkan.so", "q4_0"),
+    ],
+)
+def test_gpus_that_take_keys_and_values_of_one_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: str, on_gpu: str
+) -> None:
     monkeypatch.setattr(llama_h, "_base_path", tmp_path)
-    assert small_kv_types(-1) == ("q8_0", "q4_0")
-    monkeypatch.setattr(llama_h, "llama_supports_gpu_offload", lambda: True)
-    (tmp_path / "libggml-cuda.so").touch()
-    assert small_kv_types(-1) == ("q8_0", "q4_0")
-    (tmp_path / "libggml-metal.dylib").touch()
-    assert small_kv_types(-1) == ("q8_0", "q8_0")
-    assert small_kv_types(0) == ("q8_0", "q4_0")
-    monkeypatch.setattr(llama_h, "llama_supports_gpu_offload", lambda: False)
-    assert small_kv_types(-1) == ("q8_0", "q4_0")
+    (tmp_path / library).touch()
+    for has_device, n_gpu_layers, type_v in (
+        (True, -1, on_gpu),
+        (True, 7, on_gpu),
+        (True, 0, "q4_0"),
+        (False, -1, "q4_0"),
+    ):
+        monkeypatch.setattr(llama_h, "llama_supports_gpu_offload", lambda has_device=has_device: has_device)
+        assert small_kv_types(n_gpu_layers) == ("q8_0", type_v)
 
 
 # Where budgets are taken. The shipped model has 4 layers with 2 KV heads of 32: 1,024 bytes a pair in f16, 416 else.
@@ -398,7 +414,7 @@ def run(capsys: pytest.CaptureFixture[str], demo: Path, *arguments: str) -> tupl
     return status, *capsys.readouterr()
 
 
-def test_on_the_command_line(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, _ = run(capsys, demo, "--kv-budget", "64KiB", "--json")
     figures = json.loads(out)["figures"]
     assert (status, figures["kept_tokens"], figures["type_k"], figures["type_v"]) == (0, 157, "q8_0", "q4_0")
@@ -413,6 +429,7 @@ def test_on_the_command_line(demo: Path, capsys: pytest.CaptureFixture[str]) -> 
             run(capsys, demo, "--kv-budget", wrong)
         assert left.value.code == 2
         assert f"argument --kv-budget: kv_budget is '{wrong}': it has to be" in capsys.readouterr().err
+    monkeypatch.setattr("edge_shiftkv.engine.engine.usable_cpus", lambda: 1)
     assert cli.main(["demo", "--kv-budget", "1/4"]) == 0
     assert "kv_budget 1/4" in capsys.readouterr().out
 
@@ -446,6 +463,62 @@ def test_in_batches_of_files(demo: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main([*arguments, "--kv-budget", "64KiB", "--retry-errors"]) == 3
 
 
+def test_over_http(demo: Path) -> None:
+    """As OpenAI's client sends them."""
+    files = ["-m", demo / "demo-text-q8_0.gguf", "--mmproj", demo / "demo-mmproj-f16.gguf", "--image-root", demo]
+    with (
+        serving(*files, "--kv-budget", "64KiB") as server,
+        openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
+    ):
+
+        def ask(**options: Any) -> Any:
+            return client.chat.completions.create(model="any", messages=message(demo), max_tokens=3, **options)
+
+        assert ask().figures["kept_tokens"] == 157
+        for budget, n in (("1/8", 275 * 128 // 416), ("40 KiB", 98), (50, 50), (None, 275)):
+            figures = ask(extra_body={"kv_budget": budget}).figures
+            assert (figures["kept_tokens"], figures["type_k"], figures["type_v"]) == (n, "q8_0", "q4_0")
+        for budget, reason in (("9/8", "kv_budget is '9/8'"), ("0.8kB", "at least 832 bytes"), ("96", "'96'")):
+            for stream in (False, True):
+                with pytest.raises(openai.BadRequestError, match=reason) as refused:
+                    ask(stream=stream, extra_body={"kv_budget": budget})
+                assert refused.value.code == "invalid_value"
+
+
+class Notes(list[str]):
+    """What a chat shows beside answers."""
+
+    def note(self, text: str) -> None:
+        self.append(text)
+
+    def answer(self, pieces: Generator[str, None, None]) -> None:
+        for _ in pieces:
+            pass
+
+
+def test_in_a_chat(demo: Path) -> None:
+    files, notes = (demo / "demo-text-q8_0.gguf", demo / "demo-mmproj-f16.gguf"), Notes()
+
+    with (
+        Runtime(*files, n_threads=1, kv_budget="64KiB") as runtime,
+        Chat(runtime, {"max_tokens": 3}, load_image) as chat,
+    ):
+        chat.attach([str(demo / "document.png")])
+        commands.run(chat, "/budget", notes)
+        commands.run(chat, "Read line 2.", notes)
+        assert chat.turns[-1].answer.figures.kept_tokens == 157
+        commands.run(chat, "/budget 1/8", notes)
+        commands.run(chat, "/regen", notes)
+        assert chat.turns[-1].answer.figures.kept_tokens == 275 * 128 // 416
+        for wrong in ("9/8", "12apples", "1/0", "many"):
+            with pytest.raises(SettingError, match=f"{wrong} is no budget: write .* 64MiB.* 1/8, or all"):
+                commands.run(chat, f"/budget {wrong}", notes)
+        assert runtime.kv_budget == "1/8"
+    types = "keys in q8_0, values in q4_0"
+    assert notes[0] == f"budget: 64KiB of KV pairs, {types}"
+    assert f"budget: 1/8 of the prompt's bytes in f16, {types}; what was read before stays as it is" in notes
+
+
 def test_types_that_are_named_or_not_are_the_same_settings() -> None:
     """Files of answers that were begun when f16 was the default can be gone on with."""
     from edge_shiftkv.commands.settings import answers_depend_on
@@ -464,7 +537,9 @@ def test_with_llama(demo: Path) -> None:
         handler = ShiftKVChatHandler(demo / "demo-mmproj-f16.gguf", kv_budget="64KiB", verbose=False)
         llama = Llama(
             str(demo / "demo-text-q8_0.gguf"),
-            **{"n_ctx": 1024, "n_threads": 1, "flash_attn": True, "chat_handler": handler, "verbose": False, **types},
+            **{"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "verbose": False},
+            **types,
+            chat_handler=handler,
         )
         for budget, n_bytes in (("64KiB", 64 * 1024), ("1/8", 275 * 1024 // 8)):
             handler.kv_budget = budget

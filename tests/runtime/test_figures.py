@@ -28,6 +28,8 @@ FIGURES = {
     "generated_tokens",
     "kv_bytes_prompt",
     "kv_bytes_kept",
+    "type_k",
+    "type_v",
     "image_encode_s",
     "prefill_s",
     "selection_s",
