@@ -17,7 +17,7 @@ from edge_shiftkv.engine.slot import Decoder, Slot, Written
 from edge_shiftkv.errors import ClosedError, ContextOverflowError
 from edge_shiftkv.grammar import Grammar
 from edge_shiftkv.native import shiftkv
-from edge_shiftkv.native.llama import Context, Model
+from edge_shiftkv.native.llama import KV_TYPES, Context, Model
 from edge_shiftkv.prompts.conversation import Conversation
 from edge_shiftkv.prompts.prompt import Continued, Prompt
 from edge_shiftkv.request import Request
@@ -337,9 +337,9 @@ def begin(prompt: AnyPrompt, prefilled: Prefilled, beginning: Beginning, started
     if context.model.has_kv_cache:
         size = shiftkv.cache_size(context)
         before, after = (size * n // context.n_ctx for n in (prompt.n_tokens, figures.kept_tokens))
-        figures = replace(
-            figures, kv_bytes_prompt=before, kv_bytes_kept=after, type_k=context.type_k, type_v=context.type_v
-        )
+        names = {number: name for name, number in KV_TYPES.items()}
+        type_k, type_v = names[context.ggml_type_k], names[context.ggml_type_v]
+        figures = replace(figures, kv_bytes_prompt=before, kv_bytes_kept=after, type_k=type_k, type_v=type_v)
     return Begun(prefilled, token, figures)
 
 

@@ -14,9 +14,7 @@ from edge_shiftkv.errors import SettingError
 Budget = int | float | str | None
 """A number of KV pairs; a share of the prompt's; as text bytes or a share of bytes: see `check_budget`; None: all."""
 
-LEAST = 2
-"""The KV pairs that are kept at least."""
-
+_LEAST = 2  # KV pairs
 _UNITS = {"b": 1, **{f"{c}b": 1000 ** (i + 1) for i, c in enumerate("kmg")}}
 _UNITS |= {f"{c}ib": 1024 ** (i + 1) for i, c in enumerate("kmg")}
 _BYTES = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kmg]?i?b)", re.IGNORECASE)
@@ -50,12 +48,12 @@ def check_budget(budget: Budget) -> Budget:
     Text with a unit, such as "64MiB": bytes of what is kept, over all layers that are cut. Text such as "1/8": the
     share of the bytes that the prompt's KV pairs in those layers take in f16. None keeps all.
     """
-    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= LEAST
-    share = isinstance(budget, float) and (0 < budget < 1 or (budget >= LEAST and budget.is_integer()))
+    whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= _LEAST
+    share = isinstance(budget, float) and (0 < budget < 1 or (budget >= _LEAST and budget.is_integer()))
     in_text = isinstance(budget, str) and _amount(budget) is not None
     if budget is not None and not whole and not share and not in_text:
         raise SettingError(
-            f"kv_budget is {budget!r:.200}: it has to be a number of KV pairs >= {LEAST}, a share of them between 0 "
+            f"kv_budget is {budget!r:.200}: it has to be a number of KV pairs >= {_LEAST}, a share of them between 0 "
             "and 1, bytes such as '64MiB' (KiB, MiB, GiB; kB, MB, GB), a share below 1 of the prompt's bytes in f16 "
             "such as '1/8', or None to keep all"
         )
@@ -87,9 +85,9 @@ def most_pairs(budget: Budget, stores: Stores) -> int | None:
         if not isinstance(amount, int):
             return None
         size = stores.pair_bytes.stored
-        if amount < LEAST * size:
+        if amount < _LEAST * size:
             raise SettingError(
-                f"kv_budget is {budget!r}: it has to be at least {LEAST * size} bytes, which {LEAST} KV pairs per "
+                f"kv_budget is {budget!r}: it has to be at least {_LEAST * size} bytes, which {_LEAST} KV pairs per "
                 "layer and KV head take in this model"
             )
         return amount // size
@@ -102,7 +100,7 @@ def budget_for(budget: Budget, n_tokens: int, stores: Stores) -> int | None:
         return None
     n = most_pairs(budget, stores)
     if n is None:
-        n = max(LEAST, _share_of(budget, n_tokens, stores))
+        n = max(_LEAST, _share_of(budget, n_tokens, stores))
     return n if n < n_tokens else None
 
 

@@ -311,7 +311,7 @@ class Context(Handle):
                 f"no context of {n_ctx if n_seq == 1 else f'{n_seq} x {n_ctx}'} tokens with a {type_k}/{type_v} KV "
                 f"cache for this model: lower n_ctx or choose other KV types{logs.explain(errors)}"
             )
-        self._take(model, type_k, type_v, n_outputs, interrupt)
+        self._take(model, params.type_k, params.type_v, n_outputs, interrupt)
 
     @classmethod
     def borrowed(cls, model: Model, pointer: Any, type_k: int, type_v: int, interrupt: Interrupt) -> Context:
@@ -323,11 +323,10 @@ class Context(Handle):
         """
         self = cls.__new__(cls)
         Handle.__init__(self, "context", pointer, _leave)
-        names = {number: name for name, number in KV_TYPES.items()}
-        self._take(model, names[type_k], names[type_v], 1, interrupt)
+        self._take(model, type_k, type_v, 1, interrupt)
         return self
 
-    def _take(self, model: Model, type_k: str, type_v: str, n_outputs: int, interrupt: Interrupt | None) -> None:
+    def _take(self, model: Model, type_k: int, type_v: int, n_outputs: int, interrupt: Interrupt | None) -> None:
         if not llama.llama_get_memory(self.pointer):
             self.close()
             raise ShiftKVError("this model has no memory of tokens before: it is not one that continues a text")
@@ -337,7 +336,7 @@ class Context(Handle):
         self.interrupt.watch(self.pointer)
         self.n_outputs = min(n_outputs, self.n_batch)
         self.model = model
-        self.type_k, self.type_v = type_k, type_v
+        self.ggml_type_k, self.ggml_type_v = type_k, type_v
 
     def resized(self) -> None:
         """Learn how many tokens the cache has room for now."""

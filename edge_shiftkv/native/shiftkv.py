@@ -16,7 +16,7 @@ from edge_shiftkv.errors import ShiftKVError
 from edge_shiftkv.native import logs
 from edge_shiftkv.native.calls import native_call
 from edge_shiftkv.native.gguf_file import BLOCKS, F16
-from edge_shiftkv.native.llama import KV_TYPES, Context
+from edge_shiftkv.native.llama import Context
 
 MAX_PROXY = 4096
 MAX_QUERY = 512
@@ -234,12 +234,11 @@ def shape(context: Context, layer: int) -> Shape:
 
 def pair_bytes(context: Context) -> PairBytes:
     """What a token's KV pairs take in the layers that are cut. Raises ShiftKVError before `capture`."""
-    type_k, type_v = KV_TYPES[context.type_k], KV_TYPES[context.type_v]
     stored = f16 = 0
     for layer in layers(context):
         size = shape(context, layer)
         n_k, n_v = size.n_head_kv * size.n_embd_head, size.n_head_kv * context.model.n_embd_head_v
-        stored += _row_bytes(type_k, n_k) + _row_bytes(type_v, n_v)
+        stored += _row_bytes(context.ggml_type_k, n_k) + _row_bytes(context.ggml_type_v, n_v)
         f16 += _row_bytes(F16, n_k + n_v)
     return PairBytes(stored, f16)
 
