@@ -25,6 +25,7 @@ from edge_shiftkv.chat import commands
 from edge_shiftkv.chat.conversation import Chat
 from edge_shiftkv.native.llama import Model, small_kv_types
 from edge_shiftkv.prompts.images import load_image
+from edge_shiftkv.prompts.prompt import Prompt
 
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q4_0": 18 / 32}
 """Of a number in storage."""
@@ -214,7 +215,7 @@ def test_values_may_be_wider_than_keys(folder: Path, monkeypatch: pytest.MonkeyP
         assert runtime.engine.pair_bytes == (3 * 2 * (34 + 2 * 18), 3 * 2 * 2 * (32 + 64))
 
 
-def test_too_few_bytes_name_the_least(folder: Path) -> None:
+def test_too_few_bytes_name_the_least(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(Spec(), folder)
     least = 2 * 3 * 2 * 2 * 32 * 2  # pairs, layers, KV heads, keys and values, numbers, bytes
     message = (
@@ -228,10 +229,14 @@ def test_too_few_bytes_name_the_least(folder: Path) -> None:
         assert runtime.generate(PROMPT, raw=True, max_tokens=1, kv_budget=f"{least}B").figures.kept_tokens == 2
         # A share of a prompt is never too little, as with numbers.
         assert runtime.generate(PROMPT, raw=True, max_tokens=1, kv_budget="1/9999").figures.kept_tokens == 2
+        closed: list[Prompt] = []
+        close = Prompt.close
+        monkeypatch.setattr(Prompt, "close", lambda prompt: (closed.append(prompt), close(prompt))[1])
         small, right = runtime.generate_many(
             [{"prompt": PROMPT, "raw": True, "kv_budget": budget} for budget in (f"{least - 1}B", f"{least}B")],
             max_tokens=1,
         )
+        assert len({id(prompt) for prompt in closed}) == 2  # pictures of refused ones go, too
         assert isinstance(small.error, SettingError)
         assert f"at least {least} bytes" in str(small.error)
         assert right.completion.figures.kept_tokens == 2
@@ -319,6 +324,15 @@ def test_what_cannot_be_stored_in_them_stays_f16(folder: Path, spec: Spec, reaso
         runtime = Runtime(model, n_threads=1, kv_budget="1/4", type_k="f32")
     with runtime:
         assert (runtime.engine.type_k, runtime.engine.type_v) == ("f32", "f16")
+
+
+def test_types_that_are_named_are_not_replaced(folder: Path) -> None:
+    model = write_model(Spec("qwen3", d_head=48), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runtime = Runtime(model, n_threads=1, kv_budget="1/4", type_k="q8_0", type_v="q4_0")
+    with runtime, pytest.raises(ShiftKVError, match="q8_0/q4_0 KV cache"):
+        runtime.generate(PROMPT, raw=True)
 
 
 @pytest.mark.parametrize(
