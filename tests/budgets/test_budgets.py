@@ -402,6 +402,10 @@ def test_in_sessions(demo: Path, reader: Runtime, tmp_path: Path) -> None:
         held = other.figures.kept_tokens + other.figures.generated_tokens
         further = session.reply("Read line 3.", page, kv_budget="32KiB").figures
         assert further.kept_tokens == held + 32 * 1024 // 416  # of the reply's prompt alone
+        held = further.kept_tokens + further.generated_tokens
+        last = session.reply("Read line 4.", page, kv_budget="1/8").figures
+        n_new = last.prompt_tokens - further.prompt_tokens - further.generated_tokens
+        assert last.kept_tokens == held + n_new * 128 // 416
         session.cut("56 kB")
         assert session.selection
         assert session.selection.n_kept == 56_000 // 416
