@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ HOWTO = [README, *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 PAGES = [*HOWTO, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
 
 # What stands behind fences: what runs as Python, or is shown to tests of its own, and what people type.
-KINDS = {"python", "python server", "python cluster", "sh", "text"}
+KINDS = {"python", "python server", "python cluster", "sh", "json", "text"}
 
 # Programs of others; with the options of them that pages name beside blocks of code.
 OTHERS = {
@@ -165,6 +166,9 @@ def options_of_scripts() -> set[str]:
 def test_blocks_are_of_kinds_that_are_tested(page):
     kinds = {kind for kind, _ in shell.fences(page)}
     assert kinds <= ({*KINDS, ""} if page not in HOWTO else KINDS)
+    for kind, text in shell.fences(page):
+        if kind == "json":
+            json.loads(text)
 
 
 @pytest.fixture
@@ -234,9 +238,10 @@ def test_what_is_wrong_is_found(tmp_path):
         page.write_text(wrong)
         with pytest.raises(AssertionError):
             test_the_text_names_options_that_there_are(page)
-    page.write_text("```bash\nls\n```\n")
-    with pytest.raises(AssertionError):
-        test_blocks_are_of_kinds_that_are_tested(page)
+    for wrong in ("```bash\nls\n```\n", "```json\n{'a': 1}\n```\n"):
+        page.write_text(wrong)
+        with pytest.raises((AssertionError, ValueError)):
+            test_blocks_are_of_kinds_that_are_tested(page)
 
 
 def test_statements_are_found():
