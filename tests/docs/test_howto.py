@@ -1,9 +1,10 @@
-"""Every example of docs/howto runs, on the shipped model, and prints what it says."""
+"""Every example of README and docs/howto runs, on the shipped model, and prints what it says."""
 
 import pytest
 from support import howto
 
-PAGES = [page for page in sorted((howto.ROOT / "docs" / "howto").glob("*.md")) if howto.program(page)]
+PAGES = [howto.ROOT / "README.md", *sorted((howto.ROOT / "docs" / "howto").glob("*.md"))]
+PAGES = [page for page in PAGES if howto.program(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
