@@ -187,8 +187,8 @@ COMPILERS = {"C": ("CC", ("cc", "gcc", "clang")), "C++": ("CXX", ("c++", "g++", 
 
 
 def find_compiler(language: str) -> str | None:
-    """The path of the compiler that CMake would take, as far as it is looked for on PATH."""
-    return next(filter(None, map(shutil.which, _compiler_names(language))), None)
+    """The path of the compiler that CMake would take; of Visual Studio, where that is installed."""
+    return next(filter(None, map(shutil.which, _compiler_names(language))), None) or _visual_studio()
 
 
 def require_compiler() -> None:
@@ -206,3 +206,13 @@ def require_compiler() -> None:
 def _compiler_names(language: str) -> tuple[str, ...]:
     variable, usual = COMPILERS[language]
     return tuple(shlex.split(os.environ.get(variable, ""))[:1]) or usual
+
+
+def _visual_studio() -> str | None:
+    """Where Visual Studio with a C++ compiler is, as CMake asks for it."""
+    finder = Path(os.environ.get("PROGRAMFILES(X86)", "")) / "Microsoft Visual Studio/Installer/vswhere.exe"
+    if os.name != "nt" or not finder.is_file():
+        return None
+    tools = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
+    command = [str(finder), "-latest", "-products", "*", "-requires", tools, "-property", "installationPath"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -79,12 +79,23 @@ def environment(path: Path | None) -> dict[str, str]:
     return variables
 
 
+_WHICH = """
+import base64, hashlib
+from importlib.metadata import Distribution
+installed = Distribution.from_name("llama-cpp-python")
+for file in installed.files:
+    if file.hash:
+        digest = hashlib.new(file.hash.mode, file.locate().read_bytes()).digest()
+        assert base64.urlsafe_b64encode(digest).decode().rstrip("=") == file.hash.value, file
+print(installed.read_text("direct_url.json") or "")
+"""
+
+
 def _is_installed(wheel: Path) -> bool:
-    """Whether the running environment's llama-cpp-python came from exactly this wheel (pip records its hash)."""
-    code = (
-        "from importlib.metadata import Distribution as D\n"
-        "print(D.from_name('llama-cpp-python').read_text('direct_url.json') or '')"
-    )
+    """Whether the running environment's llama-cpp-python came from exactly this wheel and is undamaged.
+
+    pip records the hashes of the wheel and of all files.
+    """
     # A fresh process: this one may have looked at site-packages before the wheel was installed.
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", _WHICH], capture_output=True, text=True, check=False)
     return result.returncode == 0 and sha256(wheel) in result.stdout
