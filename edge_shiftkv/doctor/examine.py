@@ -82,7 +82,7 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
     if wrong and wrong.do == BUILD and tools and not (tools["C"] and tools["C++"]):
         found.append(Finding("no C++ compiler is found, which the build needs", _get_compiler()))
     gpus = [device for device in library.get("devices", ()) if "GPU" in device["kind"]]
-    built_for = [name for name in library.get("backends", ()) if name in ("CUDA", "Vulkan", "MTL")]
+    built_for = [name for name in library.get("backends", ()) if name != "CPU"]
     if built_for and not gpus:
         what = f"the library is for a GPU ({', '.join(built_for)}) and sees none: all runs on the CPU"
         found.append(Finding(what, "nvidia-smi" if "CUDA" in built_for else "vulkaninfo --summary", stops=False))

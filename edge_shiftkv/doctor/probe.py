@@ -12,7 +12,10 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+GPU_BACKENDS = ("CUDA", "Metal", "Vulkan")
 
 KINDS = ("CPU", "GPU", "integrated GPU", "accelerator", "several")
 """Of devices, as in ggml's enum ggml_backend_dev_type."""
@@ -30,7 +33,7 @@ def facts() -> Iterator[dict[str, Any]]:
 
     yield {"folder": str(llama._base_path), "patched": hasattr(llama._lib, "llama_shiftkv_asserts_throw")}
     yield {"instructions": instructions(llama.llama_print_system_info().decode(errors="replace"))}
-    yield {"backends": backends(), "devices": devices()}
+    yield {"backends": backends(Path(llama._base_path)), "devices": devices()}
     import edge_shiftkv.runtime  # noqa: F401 - whether all that it imports is there
 
     yield {"runs": True}
@@ -43,12 +46,9 @@ def instructions(system_info: str) -> list[str]:
     return [name for name in re.findall(r"(\w+) = 1 \|", cpu) if name not in other]
 
 
-def backends() -> list[str]:
-    """What the library can compute with, as ggml names it."""
-    ggml, base = _libraries()
-    return [
-        _text(base.ggml_backend_reg_name(ggml.ggml_backend_reg_get(i))) for i in range(ggml.ggml_backend_reg_count())
-    ]
+def backends(folder: Path) -> list[str]:
+    """What the library can compute with. ggml itself does not name those that find no device."""
+    return ["CPU", *(name for name in GPU_BACKENDS if any(folder.glob(f"*ggml-{name.lower()}.*")))]
 
 
 def devices() -> list[dict[str, Any]]:
@@ -78,12 +78,9 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     from llama_cpp._ctypes_extensions import load_shared_library
 
     ggml, base = (load_shared_library(name, llama._base_path) for name in ("ggml", "ggml-base"))
-    for name in ("ggml_backend_reg_count", "ggml_backend_dev_count"):
-        getattr(ggml, name).restype = ctypes.c_size_t
-    for name in ("ggml_backend_reg_get", "ggml_backend_dev_get"):
-        function = getattr(ggml, name)
-        function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    for name in ("ggml_backend_reg_name", "ggml_backend_dev_name", "ggml_backend_dev_description"):
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.restype, ggml.ggml_backend_dev_get.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description"):
         function = getattr(base, name)
         function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
