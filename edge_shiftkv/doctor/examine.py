@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,10 @@ import edge_shiftkv
 from edge_shiftkv._version import WHEEL_VERSION
 
 BUILD = "edge-shiftkv build"
+
+_QUOTE = shlex.join if os.name == "posix" else subprocess.list2cmdline
+PIP = f"{_QUOTE([sys.executable])} -m pip install"
+"""What installs into this environment, whichever is active."""
 
 EXTRAS = {"server": ("fastapi", "uvicorn"), "hub": ("huggingface_hub",), "ray": ("ray",)}
 """The optional parts that users install, and the modules that they need."""
@@ -73,7 +78,7 @@ def findings(facts: Mapping[str, Any]) -> list[Finding]:
     found = []
     missing = facts["missing_packages"] or [facts["module"]] if "module" in facts else facts["missing_packages"]
     if missing:
-        found.append(Finding(f"Python packages are missing: {', '.join(missing)}", f"pip install {_quoted(missing)}"))
+        found.append(Finding(f"Python packages are missing: {', '.join(missing)}", f"{PIP} {_quoted(missing)}"))
     library = facts["library"]
     wrong = _wrong_with(library, missing)
     if wrong:
@@ -123,7 +128,7 @@ def _wrong_with(library: Mapping[str, Any], missing: Sequence[str]) -> Finding |
     if "runs" in library or missing:
         return None
     if module := library.get("module"):
-        return Finding(f"the Python module {module} is missing", f"pip install {module}")
+        return Finding(f"the Python module {module} is missing", f"{PIP} {module}")
     return Finding(f"edge_shiftkv cannot be loaded: {error}", BUILD)
 
 

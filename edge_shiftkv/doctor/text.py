@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from edge_shiftkv.doctor.examine import PIP
+
 
 def lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """The facts, a line each, and what is wrong with what to type against it."""
@@ -28,7 +30,7 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
     if cache := facts["cache"]:
         yield f"cache         {cache['folder']}, {_size(cache['bytes'])}, {cache['wheels']} wheels"
     for name, is_there in facts["extras"].items():
-        how = "installed" if is_there else f'not installed: pip install "edge-shiftkv[{name}]"'
+        how = "installed" if is_there else f'not installed: {PIP} "edge-shiftkv[{name}]"'
         yield f"{f'[{name}]':<13} {how}"
     yield ""
     for finding in facts["findings"]:

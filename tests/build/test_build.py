@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -432,3 +435,28 @@ def test_a_wheel_replaces_the_library_and_nothing_else(workshop: Path, monkeypat
     assert library[0] == "install"
     assert library[-1] == str(wheel)
     assert {"--no-deps", "--force-reinstall"} == set(library[1:-1])
+
+
+def test_a_damaged_library_is_installed_again(workshop: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Though pip's record says that it came from this very wheel."""
+    made = build.build_wheel(Options(), list[str]().append)
+    file, metadata = tmp_path / "site/llama_cpp/lib/a.so", tmp_path / "site/llama_cpp_python-0.3.36.dist-info"
+    file.parent.mkdir(parents=True)
+    metadata.mkdir()
+    file.write_bytes(b"code")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b"code").digest()).decode().rstrip("=")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 0.3.36\n")
+    (metadata / "RECORD").write_text(f"llama_cpp/lib/a.so,sha256={digest},4\nllama_cpp/a.pyc,,\n")
+    archive = {"archive_info": {"hash": f"sha256={hashlib.sha256(made.read_bytes()).hexdigest()}"}, "url": "file:///x"}
+    (metadata / "direct_url.json").write_text(json.dumps(archive))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(installing, "pip", lambda *arguments: calls.append(arguments))
+    build.install_wheel(made, list[str]().append)
+    assert calls == []
+    file.write_bytes(b"cod")
+    build.install_wheel(made, list[str]().append)
+    assert len(calls) == 2
+    file.unlink()
+    build.install_wheel(made, list[str]().append)
+    assert len(calls) == 4

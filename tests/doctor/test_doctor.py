@@ -145,7 +145,7 @@ def test_a_python_without_anything(empty_python: Path) -> None:
     assert status == 1
     found = wrong(output)
     assert found["there is no library: llama-cpp-python is not installed"] == BUILD
-    assert found["Python packages are missing: filelock"] == 'pip install "filelock"'
+    assert found["Python packages are missing: filelock"] == f'{empty_python} -m pip install "filelock"'
     assert json.loads(doctor("--json", python=empty_python)[1])["library"]["version"] is None
     assert BUILD in import_error(str(ROOT), empty_python)
 
@@ -265,7 +265,7 @@ def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine, "requires", lambda _: ["numpy>=1.24", "no-such-package>=2", 'fast; extra == "server"'])
     assert examine.missing_packages() == ["no-such-package>=2"]
     facts = examine.examine()
-    assert facts["findings"][0]["do"] == 'pip install "no-such-package>=2"'
+    assert facts["findings"][0]["do"] == f'{sys.executable} -m pip install "no-such-package>=2"'
 
 
 def test_a_library_for_a_gpu() -> None:
