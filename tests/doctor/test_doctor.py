@@ -261,6 +261,15 @@ def test_a_library_that_needs_another_one(site: Site, compile_library, tmp_path:
     assert (status, list(wrong(output))) == (1, [what])
 
 
+def test_what_a_library_prints_is_no_fact(site: Site, compile_library) -> None:  # type: ignore[no-untyped-def]
+    compile_library('int puts(const char *); __attribute__((constructor)) static void load(void) { puts("hello"); }')
+    command = [sys.executable, "-m", "edge_shiftkv.doctor.probe"]
+    environment = {**os.environ, "PYTHONPATH": site.path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == "hello\n"
+    assert [list(json.loads(line)) for line in done.stdout.splitlines()] == [["version"], ["error"]]
+
+
 def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine, "requires", lambda _: ["numpy>=1.24", "no-such-package>=2", 'fast; extra == "server"'])
     assert examine.missing_packages() == ["no-such-package>=2"]
