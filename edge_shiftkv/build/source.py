@@ -110,6 +110,7 @@ def _apply(patch: str, diff: PatchedFile, source: bytes) -> bytes:
 
 
 def desired_tree(sdist: Path, options: Options, patches: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files that are compiled, by their paths in the sdist: its own, patched. Raises BuildError."""
     tree: dict[str, bytes] = {}
     with tarfile.open(sdist) as archive:
         for member in archive:
@@ -131,6 +132,7 @@ def desired_tree(sdist: Path, options: Options, patches: Mapping[str, bytes]) ->
 
 
 def fetch_sdist(cache: Path, report: Report) -> Path:
+    """The path of the sdist in the cache, downloaded where it is not there yet. Raises BuildError."""
     path = cache / "sdist" / f"{_SDIST_ROOT}.tar.gz"
     if path.is_file() and sha256(path) == SDIST_SHA256:
         return path

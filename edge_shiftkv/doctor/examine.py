@@ -76,7 +76,7 @@ def examine() -> dict[str, Any]:
 def findings(facts: Mapping[str, Any]) -> list[Finding]:
     """What is wrong, the first things first."""
     found = []
-    missing = facts["missing_packages"] or [facts["module"]] if "module" in facts else facts["missing_packages"]
+    missing = facts["missing_packages"] or facts["builder_lacks"]
     if missing:
         found.append(Finding(f"Python packages are missing: {', '.join(missing)}", f"{PIP} {_quoted(missing)}"))
     library = facts["library"]
@@ -113,11 +113,14 @@ def _wrong_with(library: Mapping[str, Any], missing: Sequence[str]) -> Finding |
     if status:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"status {status}"
         return Finding(f"loading the library ends with {name}: its files are damaged", BUILD)
+    module = library.get("module")
+    if module and module not in ("llama_cpp", "edge_shiftkv"):
+        return None if missing else Finding(f"the Python package {module} is missing", f"{PIP} {module}")
     if "folder" not in library:
         needed = re.search(r"\b((?!libllama|libmtmd|libggml)lib\S+\.so\S*): cannot open shared object file", error)
         if needed:
             return Finding(f"the library needs {needed[1]}, which is not on this machine", _get_shared(needed[1]))
-        return Finding(f"the library cannot be loaded: {error}", BUILD)
+        return Finding(f"the library cannot be loaded: {error or 'its files are gone'}", BUILD)
     if not library.get("patched"):
         return Finding(f"llama-cpp-python {have} is not the patched one", BUILD)
     if library["cpu_lacks"]:
@@ -125,10 +128,8 @@ def _wrong_with(library: Mapping[str, Any], missing: Sequence[str]) -> Finding |
         return Finding(what, BUILD)
     if have != wanted:
         return Finding(f"the library is {have}, and this edge_shiftkv needs {wanted}", BUILD)
-    if "runs" in library or missing:
+    if "runs" in library:
         return None
-    if module := library.get("module"):
-        return Finding(f"the Python module {module} is missing", f"{PIP} {module}")
     return Finding(f"edge_shiftkv cannot be loaded: {error}", BUILD)
 
 
@@ -193,7 +194,7 @@ def _builder() -> dict[str, Any]:
     try:
         from edge_shiftkv.build import compiling, cuda_toolkit, default_cache_dir
     except ModuleNotFoundError as error:  # it has requirements of its own
-        return {"build_tools": {}, "cache": None, "nvidia_gpu": False, "module": error.name}
+        return {"build_tools": {}, "cache": None, "nvidia_gpu": False, "builder_lacks": [error.name]}
     folder = default_cache_dir()
     return {
         "build_tools": {
@@ -207,6 +208,7 @@ def _builder() -> dict[str, Any]:
             "wheels": len(list(folder.glob("wheels/*/*.whl"))),
         },
         "nvidia_gpu": cuda_toolkit.has_gpu(),
+        "builder_lacks": [],
     }
 
 

@@ -227,6 +227,22 @@ def test_a_file_that_is_missing(site: Site) -> None:
     assert "mtmd" in what
 
 
+def test_a_package_that_the_library_imports_is_missing(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "diskcache.py").write_text("raise ModuleNotFoundError('No module named diskcache', name='diskcache')")
+    status, output = doctor(PYTHONPATH=site.path)
+    found = {"the Python package diskcache is missing": f"{sys.executable} -m pip install diskcache"}
+    assert (status, wrong(output)) == (1, found)
+
+
+def test_only_the_record_of_an_installation(tmp_path: Path, empty_python: Path) -> None:
+    metadata = tmp_path / "llama_cpp_python-0.3.36.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 0.3.36\n")
+    status, output = doctor(python=empty_python, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert status == 1
+    assert wrong(output)["the library cannot be loaded: its files are gone"] == BUILD
+
+
 @pytest.fixture
 def compile_library(site: Site) -> object:
     compiler = shutil.which("cc")
