@@ -1,12 +1,13 @@
 """The `edge-shiftkv` command.
 
-Each sub-command is a function here that adds its arguments, and imports what it runs only when it runs: `build` has
-to work where the patched library is not there yet.
+Each sub-command is a function here that adds its arguments, and imports what it runs only when it runs: `build` and
+`doctor` have to work where the patched library is not there yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from edge_shiftkv import __version__
 from edge_shiftkv.budget import Budget, read_budget
 from edge_shiftkv.errors import SettingError
 
@@ -25,8 +27,10 @@ _SIGPIPE_STATUS = 141  # what a shell says of other tools that end so: 128 + SIG
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="edge-shiftkv", description="KV-cache selection for llama.cpp")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
+    _add_doctor(commands)
     _add_run(commands)
     _add_batch(commands)
     _add_chat(commands)
@@ -84,6 +88,14 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="also copy the wheel to DIR")
     parser.add_argument("--no-install", action="store_true", help="do not install the wheel")
     parser.set_defaults(run=_build)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "say what is installed here, what is wrong with it, and what to type against that"
+    status = "exit status: 0 models can be run, 1 something keeps them from it"
+    parser = commands.add_parser("doctor", help=text, description=text, epilog=status)
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=_doctor)
 
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -337,9 +349,22 @@ def _run(arguments: argparse.Namespace) -> int:
     return status or 0
 
 
-def _build(arguments: argparse.Namespace) -> int:
-    from edge_shiftkv import build
+def _doctor(arguments: argparse.Namespace) -> int:
+    from edge_shiftkv.doctor import examine, text
 
+    facts = examine.examine()
+    print(json.dumps(facts, indent=1) if arguments.json else "\n".join(text.lines(facts)))
+    return int(any(finding["stops"] for finding in facts["findings"]))
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    try:
+        from edge_shiftkv import build
+    except ModuleNotFoundError as error:
+        print(
+            f"edge-shiftkv build: the Python package {error.name} is missing: pip install {error.name}", file=sys.stderr
+        )
+        return 1
     options = build.Options(
         backends=frozenset(arguments.backends or ()),
         native=not arguments.no_native,

@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+import edge_shiftkv.native  # noqa: F401 - first: it says what to do where there is no library
+
+# isort: split
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt

@@ -15,6 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import edge_shiftkv.native  # noqa: F401 - first: it says what to do where there is no library
+
+# isort: split
 import llama_cpp.llama_cpp as llama_h
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import ChatFormatterResponse, chat_formatter_to_chat_completion_handler

@@ -12,8 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import ray
+try:
+    import pyarrow as pa
+    import ray
+except ImportError as error:
+    raise ImportError(f'this module needs Ray: pip install "edge-shiftkv[ray]" ({error})') from error
 
 from edge_shiftkv.batch.rows import filled_in, row_seed
 from edge_shiftkv.errors import PromptError, SettingError, ShiftKVError

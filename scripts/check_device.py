@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from ctypes import CDLL, c_char_p, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import bench_kv
 import llama_cpp
 
 from edge_shiftkv.build import WHEEL_VERSION
+from edge_shiftkv.doctor import probe
 
 SCRIPTS = Path(__file__).resolve().parent
 ALL = "99"  # layers on the device
@@ -90,15 +90,8 @@ def device() -> dict[str, Any]:
             "the installed library sees no GPU: build it for one (edge-shiftkv build --cuda, --metal or --vulkan), "
             "and see that the device's driver is installed"
         )
-    ggml = CDLL(str(next(Path(llama_cpp.llama_cpp._base_path).glob("*ggml.*"))))
-    ggml.ggml_backend_dev_count.restype = c_size_t
-    ggml.ggml_backend_dev_get.restype = c_void_p
-    describe = CDLL(str(next(Path(llama_cpp.llama_cpp._base_path).glob("*ggml-base.*")))).ggml_backend_dev_description
-    describe.restype, describe.argtypes = c_char_p, [c_void_p]
     return {
-        "devices": [
-            describe(ggml.ggml_backend_dev_get(c_size_t(i))).decode() for i in range(ggml.ggml_backend_dev_count())
-        ],
+        "devices": [device["description"] for device in probe.devices()],
         "library": WHEEL_VERSION,
         "system": llama_cpp.llama_print_system_info().decode(),
         "machine": platform.platform(),

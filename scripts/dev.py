@@ -24,10 +24,6 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 LIBRARIES = ROOT / "build" / "libraries"
 CPUINFO = Path("/proc/cpuinfo")
 
-# The builder's dependencies in pyproject.toml. The project itself is only installed once the patched library is there,
-# as pip would build the stock one to satisfy its dependency on llama-cpp-python.
-BUILDER_REQUIREMENTS = ("filelock>=3.12", "platformdirs>=4", "unidiff>=1.0")
-
 AVX2 = ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2")
 BUILDS: dict[str, tuple[str, ...]] = {
     "native": (),
@@ -61,15 +57,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Build and install the patched library and the project, then run the demo."""
-    make_environment()
+    """Install the project, build and install the patched library, then run the demo."""
+    make_environment(".")
     build()
-    pip("install", "--editable", ".")
     python("-m", "edge_shiftkv", "demo", *arguments)
 
 
 def test(arguments: Sequence[str]) -> None:
-    """Build all variants of the library, install the project, check style and types, then run the tests.
+    """Install the project, build all variants of the library, check style and types, then run the tests.
 
     All builds share one CMake tree, so each compiles only what the one before it lacks. Vulkan comes before the plain
     patched build because its last step is one long compile, which leaves the other cores to what the patches touch.
@@ -78,12 +73,11 @@ def test(arguments: Sequence[str]) -> None:
     parser.add_argument("--build", choices=BUILDS, default="native")
     chosen, arguments = parser.parse_known_args(arguments)
     options = instructions(chosen.build)
-    make_environment()
+    make_environment(".[test,dev]")
     environment = {"EDGE_SHIFTKV_STOCK_LIB": str(build_library("stock", "--stock", *options))}
     if make_vulkan_available():
         environment["EDGE_SHIFTKV_VULKAN_LIB"] = str(build_library("vulkan", "--vulkan", *options))
     build(*options)
-    pip("install", "--editable", ".[test,dev]")
     python("-m", "ruff", "format", "--check", "--quiet", ".")
     python("-m", "ruff", "check", "--quiet", ".")
     python("-m", "mypy")
@@ -105,12 +99,12 @@ def instructions(build: str) -> list[str]:
     return ["--no-native", *(f"--cmake-arg=-DGGML_{name}=ON" for name in names)]
 
 
-def make_environment() -> None:
-    """Create ``.venv`` with what the builder imports."""
+def make_environment(project: str) -> None:
+    """Create ``.venv`` with the project, and the extras that are named with it, but without the library."""
     if not PYTHON.exists():
         print(f"creating {VENV}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    pip("install", *BUILDER_REQUIREMENTS)
+    pip("install", "--editable", project)
 
 
 def build(*options: str) -> None:

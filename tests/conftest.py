@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,12 @@ from PIL import Image
 from support import tiny_models
 
 from edge_shiftkv._paths import models_dir
+
+if sys.platform == "win32":  # they need terminals, signals and limits of POSIX
+    collect_ignore = [
+        *("batch/test_jobs.py", "batch/test_ray.py", "chat/test_terminal.py", "native/test_resources.py"),
+        *("prompts/test_images.py", "prompts/test_template.py"),
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +21,7 @@ import pytest
 
 from edge_shiftkv import build, cli
 from edge_shiftkv._paths import patches_dir
-from edge_shiftkv.build import BuildError, Options
+from edge_shiftkv.build import BuildError, Options, cache, compiling, installing, options, source, wheel
 
 SOURCE = "vendor/llama.cpp/src/a.cpp"
 PATCH = f"""\
@@ -54,9 +58,9 @@ def build_wheel(folder, settings):
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a small sdist in it, a folder of patches and the stub backend."""
-    cache, patches, tools = tmp_path / "cache", tmp_path / "patches", tmp_path / "tools"
-    (cache / "sdist").mkdir(parents=True)
-    sdist = cache / "sdist" / "llama_cpp_python-0.3.36.tar.gz"
+    folder, patches, tools = tmp_path / "cache", tmp_path / "patches", tmp_path / "tools"
+    (folder / "sdist").mkdir(parents=True)
+    sdist = folder / "sdist" / "llama_cpp_python-0.3.36.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
         for name, text in {"llama_cpp/__init__.py": '__version__ = "0.3.36"\n', SOURCE: "one\ntwo\nthree\n"}.items():
             member = tarfile.TarInfo(f"llama_cpp_python-0.3.36/{name}")
@@ -68,10 +72,10 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tools / "scikit_build_core/build").mkdir(parents=True)
     (tools / "scikit_build_core/__init__.py").touch()
     (tools / "scikit_build_core/build/__init__.py").write_text(BACKEND)
-    monkeypatch.setenv("EDGE_SHIFTKV_CACHE", str(cache))
-    monkeypatch.setattr(build, "SDIST_SHA256", build._sha256(sdist))
-    monkeypatch.setattr(build, "patches_dir", lambda: patches)
-    monkeypatch.setattr(build, "_tools", lambda *_: tools)
+    monkeypatch.setenv("EDGE_SHIFTKV_CACHE", str(folder))
+    monkeypatch.setattr(source, "SDIST_SHA256", cache.sha256(sdist))
+    monkeypatch.setattr(wheel, "patches_dir", lambda: patches)
+    monkeypatch.setattr(installing, "tools", lambda *_: tools)
     return tmp_path
 
 
@@ -81,7 +85,7 @@ def wheels(workshop: Path) -> list[Path]:
 
 def leftovers(workshop: Path) -> set[str]:
     """What lies in the cache besides the things that are kept there."""
-    kept = {"sdist", "src", "build", "build.log", "lock", "include.cmake", "wheels"}
+    kept = {"sdist", "src", "build", "build.log", "lock", "include.cmake", "wheels", "tools"}
     return {path.name for path in (workshop / "cache").iterdir()} - kept
 
 
@@ -108,10 +112,51 @@ def test_a_second_build_waits_for_the_first(workshop: Path) -> None:
 
     with ThreadPoolExecutor() as pool:
         with filelock.FileLock(workshop / "cache/lock"):
+            (workshop / "cache/wheel-of-the-first").mkdir()
             second = pool.submit(build.build_wheel, Options(), listen)
             assert waiting.wait(timeout=60)
             assert wheels(workshop) == []
+            assert leftovers(workshop) == {"wheel-of-the-first"}
         assert second.result(timeout=60).is_file()
+    assert leftovers(workshop) == set(), "the first was killed, as it released its lock without cleaning up"
+
+
+def test_a_few_wheels_of_each_variant_stay(workshop: Path) -> None:
+    """Those used last, where taking one from the cache is a use."""
+
+    def patched(number: int, choice: Options = Options()) -> Path:  # noqa: B008 - it is frozen
+        (workshop / "patches/llama.cpp/src/own.cpp").write_text(f"{number}")
+        made = build.build_wheel(choice, list[str]().append)
+        os.utime(made.parent, (now + number, now + number))
+        return made
+
+    now = time.time() - 1000
+    vulkan = patched(0, Options(frozenset({"vulkan"})))
+    first, second, third = patched(1), patched(2), patched(3)
+    assert patched(1) == first
+    os.utime(first.parent, (now + 4, now + 4))
+    fourth = patched(5)
+    assert set(wheels(workshop)) == {vulkan, first, third, fourth}
+    assert not second.parent.exists()
+
+    os.utime(vulkan.parent, (now - 70 * 86400, now - 70 * 86400))
+    fifth = patched(6)
+    assert set(wheels(workshop)) == {first, fourth, fifth}
+
+
+def test_what_the_cache_gives_counts_as_used(workshop: Path) -> None:
+    made = build.build_wheel(Options(), list[str]().append)
+    os.utime(made.parent, (0, 0))
+    assert build.build_wheel(Options(), list[str]().append) == made
+    assert made.parent.stat().st_mtime > 1e9
+
+
+def test_tools_that_nobody_used_for_long_go(workshop: Path) -> None:
+    for name in ("old", "recent"):
+        (workshop / "cache/tools" / name).mkdir(parents=True)
+    os.utime(workshop / "cache/tools/old", (0, 0))
+    build.build_wheel(Options(), list[str]().append)
+    assert [path.name for path in (workshop / "cache/tools").iterdir()] == ["recent"]
 
 
 def test_stock_is_the_untouched_sdist(workshop: Path) -> None:
@@ -151,7 +196,7 @@ def test_a_failed_install_leaves_the_library_alone(workshop: Path, monkeypatch: 
         calls.append(arguments)
         raise BuildError("pip install failed: no network")
 
-    monkeypatch.setattr(build, "_pip", fail)
+    monkeypatch.setattr(installing, "pip", fail)
     with pytest.raises(BuildError, match="no network"):
         build.install_wheel(wheel)
     assert calls == [("install",)], "the dependencies come first, the library only after them"
@@ -163,7 +208,7 @@ def test_an_sdist_with_another_hash_is_refused(
     sdist = workshop / "cache/sdist/llama_cpp_python-0.3.36.tar.gz"
     (workshop / "index").mkdir()
     sdist.rename(workshop / "index" / sdist.name)
-    monkeypatch.setattr(build, "SDIST_SHA256", "0" * 64)
+    monkeypatch.setattr(source, "SDIST_SHA256", "0" * 64)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(workshop / "index"))
     assert cli.main(["build"]) == 1
@@ -200,14 +245,14 @@ def test_a_patch_that_does_not_apply_is_named(workshop: Path, capsys: pytest.Cap
 )
 def test_patches_apply_strictly(patches: dict[str, bytes], message: str) -> None:
     with pytest.raises(BuildError, match=f"^{message}"):
-        build.patched_files({SOURCE: b"one\ntwo\nthree\n"}, patches)
+        source.patched_files({SOURCE: b"one\ntwo\nthree\n"}, patches)
 
 
 def test_patches_apply_in_name_order_and_several_hunks_at_once() -> None:
     original = "".join(f"{n}\n" for n in range(1, 21)).encode()
     first = f"--- a/{SOURCE}\n+++ b/{SOURCE}\n@@ -1,2 +1,1 @@\n-1\n 2\n@@ -19,2 +18,3 @@\n 19\n+19.5\n 20\n"
     second = f"--- a/{SOURCE}\n+++ b/{SOURCE}\n@@ -18,0 +19,1 @@\n+19.2\n"
-    patched = build.patched_files({SOURCE: original}, {"2.patch": second.encode(), "1.patch": first.encode()})
+    patched = source.patched_files({SOURCE: original}, {"2.patch": second.encode(), "1.patch": first.encode()})
     expected = [*(str(n) for n in range(2, 20)), "19.2", "19.5", "20"]
     assert patched == {SOURCE: "".join(f"{line}\n" for line in expected).encode()}
 
@@ -234,20 +279,20 @@ def test_the_build_command_works_without_llama_cpp(tmp_path: Path) -> None:
 def test_every_ingredient_changes_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     patches = {"0001-a.patch": b"x", "llama.cpp/src/own.cpp": b"y"}
     keys = [
-        build.cache_key(Options(), patches, "cpu"),
-        build.cache_key(Options(), patches, "another cpu"),
-        build.cache_key(Options(), {**patches, "0001-a.patch": b"z"}, "cpu"),
-        build.cache_key(Options(), {**patches, "llama.cpp/src/own.cpp": b"z"}, "cpu"),
-        build.cache_key(Options(), {"0002-a.patch": b"x", "llama.cpp/src/own.cpp": b"y"}, "cpu"),
-        build.cache_key(Options(native=False), patches, "cpu"),
-        build.cache_key(Options(stock=True), patches, "cpu"),
-        build.cache_key(Options(cmake_args=("-DGGML_RPC=ON",)), patches, "cpu"),
-        *(build.cache_key(Options(frozenset({name})), patches, "cpu") for name in ("cuda", "metal", "vulkan")),
+        wheel.cache_key(Options(), patches, "cpu"),
+        wheel.cache_key(Options(), patches, "another cpu"),
+        wheel.cache_key(Options(), {**patches, "0001-a.patch": b"z"}, "cpu"),
+        wheel.cache_key(Options(), {**patches, "llama.cpp/src/own.cpp": b"z"}, "cpu"),
+        wheel.cache_key(Options(), {"0002-a.patch": b"x", "llama.cpp/src/own.cpp": b"y"}, "cpu"),
+        wheel.cache_key(Options(native=False), patches, "cpu"),
+        wheel.cache_key(Options(stock=True), patches, "cpu"),
+        wheel.cache_key(Options(cmake_args=("-DGGML_RPC=ON",)), patches, "cpu"),
+        *(wheel.cache_key(Options(frozenset({name})), patches, "cpu") for name in ("cuda", "metal", "vulkan")),
     ]
     monkeypatch.setenv("CXXFLAGS", "-O1")
-    keys.append(build.cache_key(Options(), patches, "cpu"))
-    monkeypatch.setattr(build, "SDIST_SHA256", "0" * 64)
-    keys.append(build.cache_key(Options(), patches, "cpu"))
+    keys.append(wheel.cache_key(Options(), patches, "cpu"))
+    monkeypatch.setattr(source, "SDIST_SHA256", "0" * 64)
+    keys.append(wheel.cache_key(Options(), patches, "cpu"))
     assert len(set(keys)) == len(keys)
 
 
@@ -257,9 +302,9 @@ def test_options_reach_cmake() -> None:
 
 
 def test_sync_writes_only_what_differs(tmp_path: Path) -> None:
-    assert build.sync_tree({"a": b"1", "d/b": b"2", "d/c": b"3"}, tmp_path) == {"a", "d/b", "d/c"}
+    assert source.sync_tree({"a": b"1", "d/b": b"2", "d/c": b"3"}, tmp_path) == {"a", "d/b", "d/c"}
     before = (tmp_path / "d/b").stat().st_mtime_ns
-    assert build.sync_tree({"a": b"1!", "d/b": b"2", "e": b"4"}, tmp_path) == {"a", "e"}
+    assert source.sync_tree({"a": b"1!", "d/b": b"2", "e": b"4"}, tmp_path) == {"a", "e"}
     assert (tmp_path / "d/b").stat().st_mtime_ns == before
     files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"a": b"1!", "d/b": b"2", "e": b"4"}
@@ -301,9 +346,9 @@ def test_cpus_are_told_apart_by_what_native_code_depends_on(
     monkeypatch: pytest.MonkeyPatch, other: str, differs: bool
 ) -> None:
     pretend_cpu(monkeypatch, CPU)
-    features = build.cpu_features()
+    features = options.cpu_features()
     pretend_cpu(monkeypatch, other)
-    assert (build.cpu_features() != features) is differs
+    assert (options.cpu_features() != features) is differs
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -311,7 +356,7 @@ def test_the_cpu_of_this_machine_is_described_by_its_flags() -> None:
     lines = subprocess.run(["cat", "/proc/cpuinfo"], capture_output=True, text=True, check=True).stdout.splitlines()
     described = [line for line in lines if line.split(":")[0].strip() in ("flags", "Features", "isa")]
     assert described
-    assert set(described) <= set(build.cpu_features().splitlines())
+    assert set(described) <= set(options.cpu_features().splitlines())
 
 
 @pytest.mark.parametrize("values", [("Apple M1", "Apple M2"), ("Intel: AVX2.0", "Intel: AVX1.0")], ids=["arm", "intel"])
@@ -325,7 +370,7 @@ def test_cpus_of_macs_are_told_apart_by_sysctl(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(subprocess, "run", sysctl)
-    assert build.cpu_features() != build.cpu_features()
+    assert options.cpu_features() != options.cpu_features()
 
 
 def test_a_cache_shared_by_machines_has_a_wheel_for_each_cpu(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,19 +400,19 @@ def test_a_cache_shared_by_machines_has_a_wheel_for_each_cpu(workshop: Path, mon
 def test_what_cmake_reads_of_the_environment_changes_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDAARCHS", "VULKAN_SDK"):
         monkeypatch.delenv(name, raising=False)
-    keys = {build.cache_key(Options(), {"a.patch": b"x"}, "cpu")}
+    keys = {wheel.cache_key(Options(), {"a.patch": b"x"}, "cpu")}
     for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDAARCHS", "VULKAN_SDK"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "x")
-            keys.add(build.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
+            keys.add(wheel.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
     assert len(keys) == 9
-    for name in ("_BACKEND", "_CMAKE_INCLUDE"):
+    for module, name in ((installing, "BACKEND"), (compiling, "CMAKE_INCLUDE")):
         with monkeypatch.context() as patch:
-            patch.setattr(build, name, "another")
-            keys.add(build.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
+            patch.setattr(module, name, "another")
+            keys.add(wheel.cache_key(Options(), {"a.patch": b"x"}, "cpu"))
     assert len(keys) == 11
     monkeypatch.setattr("sysconfig.get_platform", lambda: "another")
-    assert build.cache_key(Options(), {"a.patch": b"x"}, "cpu") not in keys
+    assert wheel.cache_key(Options(), {"a.patch": b"x"}, "cpu") not in keys
 
 
 def test_options_of_an_earlier_build_do_not_stay(workshop: Path) -> None:
@@ -383,10 +428,35 @@ def test_a_wheel_replaces_the_library_and_nothing_else(workshop: Path, monkeypat
     """What it depends on is only installed where it is missing: force-reinstalling would replace numpy, too."""
     wheel = build.build_wheel(Options(), list[str]().append)
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(build, "_pip", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(installing, "pip", lambda *arguments: calls.append(arguments))
     build.install_wheel(wheel, list[str]().append)
     dependencies, library = calls
     assert dependencies == ("install",)
     assert library[0] == "install"
     assert library[-1] == str(wheel)
     assert {"--no-deps", "--force-reinstall"} == set(library[1:-1])
+
+
+def test_a_damaged_library_is_installed_again(workshop: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Though pip's record says that it came from this very wheel."""
+    made = build.build_wheel(Options(), list[str]().append)
+    file, metadata = tmp_path / "site/llama_cpp/lib/a.so", tmp_path / "site/llama_cpp_python-0.3.36.dist-info"
+    file.parent.mkdir(parents=True)
+    metadata.mkdir()
+    file.write_bytes(b"code")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b"code").digest()).decode().rstrip("=")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 0.3.36\n")
+    (metadata / "RECORD").write_text(f"llama_cpp/lib/a.so,sha256={digest},4\nllama_cpp/a.pyc,,\n")
+    archive = {"archive_info": {"hash": f"sha256={hashlib.sha256(made.read_bytes()).hexdigest()}"}, "url": "file:///x"}
+    (metadata / "direct_url.json").write_text(json.dumps(archive))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(installing, "pip", lambda *arguments: calls.append(arguments))
+    build.install_wheel(made, list[str]().append)
+    assert calls == []
+    file.write_bytes(b"cod")
+    build.install_wheel(made, list[str]().append)
+    assert len(calls) == 2
+    file.unlink()
+    build.install_wheel(made, list[str]().append)
+    assert len(calls) == 4

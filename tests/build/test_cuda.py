@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_shiftkv import build, cuda_toolkit
-from edge_shiftkv.build import BuildError, Options
+from edge_shiftkv import build
+from edge_shiftkv.build import BuildError, Options, cuda_toolkit, source, wheel
 
 CUDA = Options(frozenset({"cuda"}))
 
@@ -78,7 +78,7 @@ def test_without_a_gpu_the_architecture_has_to_be_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda_toolkit, "has_gpu", lambda: False)
     with pytest.raises(BuildError, match="--cuda-arch"):
         build.build_wheel(CUDA)
-    monkeypatch.setattr(build, "_fetch_sdist", lambda *_: pytest.fail("got further"))
+    monkeypatch.setattr(source, "fetch_sdist", lambda *_: pytest.fail("got further"))
     for options in (
         Options(frozenset({"cuda"}), cuda_arch="90"),
         Options(frozenset({"cuda"}), cmake_args=("-DCMAKE_CUDA_ARCHITECTURES=90",)),
@@ -101,17 +101,17 @@ def test_the_wheel_asks_for_the_libraries_it_loads(monkeypatch: pytest.MonkeyPat
             member = tarfile.TarInfo(f"llama_cpp_python-0.3.36/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-    assert b"nvidia" not in build._desired_tree(sdist, Options(), {})["pyproject.toml"]
-    metadata = build._desired_tree(sdist, CUDA, {})["pyproject.toml"].decode()
+    assert b"nvidia" not in source.desired_tree(sdist, Options(), {})["pyproject.toml"]
+    metadata = source.desired_tree(sdist, CUDA, {})["pyproject.toml"].decode()
     wanted = "".join(f'    "{requirement}",\n' for requirement in cuda_toolkit.RUNTIME)
     assert metadata == f'[project]\ndependencies = [\n{wanted}    "numpy>=1.20.0",\n]\n[x]\ndependencies = [\n]\n'
 
 
 @pytest.mark.usefixtures("no_toolkit")
 def test_the_compiler_and_the_architecture_change_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [build.cache_key(CUDA, {}, "cpu"), build.cache_key(Options(frozenset({"cuda"}), cuda_arch="90"), {}, "cpu")]
+    keys = [wheel.cache_key(CUDA, {}, "cpu"), wheel.cache_key(Options(frozenset({"cuda"}), cuda_arch="90"), {}, "cpu")]
     monkeypatch.setattr(cuda_toolkit, "PACKAGES", ("nvidia-cuda-nvcc==13.6",))
-    keys.append(build.cache_key(CUDA, {}, "cpu"))
+    keys.append(wheel.cache_key(CUDA, {}, "cpu"))
     monkeypatch.setattr(cuda_toolkit, "is_needed", lambda: False)
-    keys.append(build.cache_key(CUDA, {}, "cpu"))
+    keys.append(wheel.cache_key(CUDA, {}, "cpu"))
     assert len(set(keys)) == len(keys)

@@ -29,11 +29,13 @@ OTHERS = {
     "cat",
     "cd",
     "curl",
+    "docker",
     "find",
     "git",
     "mkdir",
     "patch",
     "pip",
+    "pipx",
     "printf",
     "ray",
     "sed",
@@ -41,7 +43,7 @@ OTHERS = {
     "mkdocs",
     "ruff",
 }
-OTHER_OPTIONS = {"--force-reinstall", "--strict", "--install"}
+OTHER_OPTIONS = {"--build-arg", "--force-reinstall", "--strict", "--install"}
 MODULES = {"pytest", "mypy", "venv", "build"}
 
 # One thread, which is quickest for a model as small.

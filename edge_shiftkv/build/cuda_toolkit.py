@@ -28,8 +28,8 @@ RUNTIME = ("nvidia-cuda-runtime>=13.5,<14", "nvidia-cublas>=13.10,<14")
 RUNTIME_FOLDER = "nvidia/cu13/lib"
 """Where these have their libraries, in site-packages."""
 
-
 DEFAULT_HOME = Path("/usr/local/cuda")
+"""Where NVIDIA's installers put the toolkit."""
 
 
 def is_needed() -> bool:
@@ -37,7 +37,7 @@ def is_needed() -> bool:
     if os.environ.get("CUDACXX"):
         return False
     homes = [Path(os.environ[name]) for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
-    compilers = [_which("nvcc"), *(home / "bin" / "nvcc" for home in [*homes, Path("/usr/local/cuda")])]
+    compilers = [_which("nvcc"), *(home / "bin" / "nvcc" for home in [*homes, DEFAULT_HOME])]
     roots = [Path(compiler).resolve().parents[1] for compiler in compilers if compiler and Path(compiler).is_file()]
     headers = ("include/cublas_v2.h", "targets/*/include/cublas_v2.h")
     return not any(any(root.glob(header)) for root in roots for header in headers)
