@@ -112,8 +112,10 @@ class Requests:
             most_pairs(request.kv_budget, self.engine)  # so that errors come now
             prompt = (make_prompt or self.engine.prompt)(conversation)
             logprobs: list[TokenLogprobs] | None = None if request.sampling.logprobs is None else []
-            steps = self._answer(prompt, self.room(prompt, request), conversation, request, read, wrote, logprobs)
-            return Stream(steps, turn, cancel, logprobs)
+            selection: list[Selection] = []
+            room = self.room(prompt, request)
+            steps = self._answer(prompt, room, conversation, request, read, wrote, logprobs, selection)
+            return Stream(steps, turn, cancel, logprobs, selection)
 
         self._check_open()
         request.sampling.check(self.engine.model.n_vocab)
@@ -150,12 +152,12 @@ class Requests:
             raise too_long(n_held, self.n_ctx, prompt.n_image_tokens)
         return room if request.max_tokens is None else min(room, request.max_tokens)
 
-    def now(self, work: Callable[[], None]) -> None:
+    def now(self, work: Callable[[], None], time_limit: float | None = None) -> None:
         """Do something that is no answer. Raises BusyError, ClosedError, and what `work` does."""
         with self._turn.taken():
             self._check_open()
             self._end_active()
-            self.engine.interrupt.begin()
+            self.engine.interrupt.begin(time_limit)
             work()
 
     def begin_by_layer(
@@ -215,11 +217,14 @@ class Requests:
         read: Read,
         wrote: Callable[[Prefilled, str], None] | None,
         logprobs: list[TokenLogprobs] | None,
+        selection: list[Selection],
     ) -> Generator[str, None, Completion]:
         model, drafting = self.engine.model, self.drafting
         with closing(prompt), closing(Sampler(model, request.sampling)) as sampler, ExitStack() as ends:
             begun = read(prompt, Beginning(request, sampler, room, drafting.n_pass if drafting else 1))
             prompt.close()  # its pictures are not needed any more
+            if begun.selection:
+                selection.append(begun.selection)
             prefilled = begun.prefilled
             decoder: Decoder
             if drafting:

@@ -153,6 +153,10 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="with a budget, keep the uncut prompt, too: the next turn of a conversation only reads what is new",
     )
     group.add_argument("--time-limit", type=float, metavar="S", help="most seconds that an answer may take")
+    group.add_argument("--sessions", type=int, default=4, metavar="N", help="sessions open at a time (default: 4)")
+    group.add_argument(
+        "--session-idle", type=float, default=900, metavar="S", help="seconds until an unused one ends (default: 900)"
+    )
     group.add_argument("--max-body", type=float, default=32, metavar="MIB", help="largest request (default: 32)")
     group.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a web page's origin that may ask; repeatable"

@@ -314,6 +314,7 @@ class Runtime(CutSettings, Closing):
         system: str = "",
         kv_budget: Budget | Literal["runtime"] = "runtime",
         kv_method: Method | ScoringMethod | str | None = None,
+        time_limit: float | None = None,
     ) -> Session:
         """Read pictures and text once, to ask about them again and again: see `Session`.
 
@@ -321,6 +322,7 @@ class Runtime(CutSettings, Closing):
             it is an empty conversation.
         system: a system message.
         kv_budget, kv_method: what `Session.ask` cuts to, unless it is told otherwise; by default the runtime's.
+        time_limit: seconds that reading may take; None sets no limit.
 
         Raises what `generate` raises.
 
@@ -331,11 +333,13 @@ class Runtime(CutSettings, Closing):
                 print(page.ask("And the date?").text)
                 print(page.reply("Are you sure?").text)
         """
+        if time_limit is not None:
+            check_number("time_limit", time_limit, 0, above=True, note="seconds; None sets no limit")
         pictures = self._load(images)
         content: tuple[str | Image.Image, ...] = (*pictures, text) if text else tuple(pictures)
         about = [*([Message("system", (system,))] if system else []), Message("user", content)]
         session = self._new_session(about, kv_budget, kv_method)
-        self._requests.now(session.read)
+        self._requests.now(session.read, time_limit)
         return session
 
     def load_session(

@@ -70,7 +70,7 @@ class Session(Closing):
         self._base: Prefilled | None = None
         self._n_query = 0
         self._is_cut = self._is_loaded = False
-        self._n_about = 0
+        self._n_about = self._n_tokens = 0  # items and tokens
         self._small: Context | None = None  # in which cut answers are written
         self._last: Prefilled | None = None
         self._turns: list[Message] = []
@@ -82,6 +82,11 @@ class Session(Closing):
     def about(self) -> tuple[Message, ...]:
         """What was read; the pictures of a session from a file are stand-ins of one pixel."""
         return tuple(self._about)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of what was read; each question adds its own."""
+        return self._n_tokens
 
     @property
     def kv_bytes(self) -> int | None:
@@ -240,7 +245,7 @@ class Session(Closing):
                 raise SessionError(f"the session could not be restored: {error}") from error
             raise
         self._head, self._is_cut, self._is_loaded = saved.head, saved.is_cut, True
-        self._n_about = self._base.n_items
+        self._n_about, self._n_tokens = self._base.n_items, self._base.n_tokens
 
     def _read_about(self, request: Request, n_tokens: int) -> Prefilled:
         """What the session is about, in a context for `n_tokens` of it and after it, with the method's queries."""
@@ -276,7 +281,8 @@ class Session(Closing):
             except BaseException:
                 context.close()
                 raise
-        self._base, self._n_query, self._n_about = base, n_query, n
+        self._base, self._n_query = base, n_query
+        self._n_about, self._n_tokens = n, base.n_tokens
         return base
 
     def _captured(self, context: Context, n_query: int) -> Prefilled:

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from edge_shiftkv.closing import Closing
 from edge_shiftkv.errors import BusyError, ClosedError, ShiftKVError
 from edge_shiftkv.results import Completion, TokenLogprobs
+from edge_shiftkv.selection.results import Selection
 
 _POLL_S = 0.002
 
@@ -114,9 +115,16 @@ class Stream(Running[str, Completion]):
         turn: Turn,
         cancel: Callable[[], None],
         logprobs: Sequence[TokenLogprobs] | None = None,
+        selection: Sequence[Selection] = (),
     ) -> None:
         super().__init__(steps, turn, cancel)
         self.logprobs = logprobs
+        self._selection = selection  # empty until there is one
+
+    @property
+    def selection(self) -> Selection | None:
+        """What was kept of the prompt, from the first piece on; None before, and where nothing was cut."""
+        return self._selection[0] if self._selection else None
 
     @property
     def completion(self) -> Completion:

@@ -22,11 +22,32 @@ _COLOURS = np.array([[255, 255, 255], [255, 232, 190], [253, 190, 110], [244, 12
 
 
 @dataclass(frozen=True)
-class _Panel:
-    label: str
-    image: Image.Image
-    counts: npt.NDArray[np.int32]  # [ny, nx]
-    stretched: bool  # over the picture, where models that keep its shape pad it to the patches' shape instead
+class PatchMap:
+    """How many (layer, KV head) pairs kept each patch of a picture.
+
+    image: which picture of the prompt, from 0.
+    part: "picture"; of a picture in tiles (LLaVA-1.6) "tiles", put together, or "overview".
+    counts: shape [rows, columns].
+    padded: whether the picture was padded on both sides to the shape of its patches; else they cover just the picture.
+    """
+
+    image: int
+    part: str
+    counts: npt.NDArray[np.int32]
+    padded: bool
+
+
+def patch_maps(selection: Selection, sizes: Sequence[tuple[int, int]]) -> list[PatchMap]:
+    """The maps of a prompt's pictures, in their order; see `heatmap`, which draws them.
+
+    sizes: the pictures' width and height, as `load_image` returns them.
+
+    Raises ShiftKVError when the prompt had another number of pictures, or none.
+    """
+    n_images = len({span.image for span in selection.image_spans})
+    if not n_images or n_images != len(sizes):
+        raise ShiftKVError(f"the prompt had {n_images} pictures, {len(sizes)} were passed: there is nothing to draw")
+    return [found for i, size in enumerate(sizes) for found in _maps(selection, i, size)]
 
 
 def heatmap(selection: Selection, images: Sequence[Image.Image]) -> Image.Image:
@@ -39,12 +60,9 @@ def heatmap(selection: Selection, images: Sequence[Image.Image]) -> Image.Image:
 
     Raises ShiftKVError when the prompt had another number of pictures, or none.
     """
-    n_images = len({span.image for span in selection.image_spans})
-    if not n_images or n_images != len(images):
-        raise ShiftKVError(f"the prompt had {n_images} pictures, {len(images)} were passed: there is nothing to draw")
-    panels = [panel for i, image in enumerate(images) for panel in _panels(selection, i, image)]
-    top = max(1, *(int(panel.counts.max()) for panel in panels))
-    tiles = [(panel.label, _draw(panel, top)) for panel in panels]
+    maps = patch_maps(selection, [image.size for image in images])
+    top = max(1, *(int(one.counts.max()) for one in maps))
+    tiles = [(_label(one), _draw(one, images[one.image], top)) for one in maps]
     rows = [tiles[i : i + _COLUMNS] for i in range(0, len(tiles), _COLUMNS)]
 
     row_heights = [_LABEL + 8 + max(tile.height for _, tile in row) + _MARGIN for row in rows]
@@ -68,22 +86,21 @@ def heatmap(selection: Selection, images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _panels(selection: Selection, i: int, image: Image.Image) -> list[_Panel]:
+def _maps(selection: Selection, image: int, size: tuple[int, int]) -> list[PatchMap]:
     counts = selection.counts()
-    spans = [span for span in selection.image_spans if span.image == i]
-    name = f"image {i + 1}"
+    spans = [span for span in selection.image_spans if span.image == image]
+    width, height = size
     if len(spans) == 1:
         grid = _grid(counts, spans[0])
         # A grid as close to the picture's shape as whole patches allow (Qwen2-VL) covers it all.
         rows, columns = grid.shape
-        stretched = abs(columns - rows * image.width / image.height) <= 1
-        return [_Panel(f"{name}: {columns} x {rows} patches", image, grid, stretched)]
+        return [PatchMap(image, "picture", grid, padded=abs(columns - rows * width / height) > 1)]
     *tiles, overview = spans
-    columns, rows = guess_grid(len(tiles), *image.size)
+    columns, rows = guess_grid(len(tiles), width, height)
     mosaic = np.block([[_grid(counts, tiles[y * columns + x]) for x in range(columns)] for y in range(rows)])
     return [
-        _Panel(f"{name}: {columns} x {rows} tiles", image, mosaic, stretched=False),
-        _Panel(f"{name}: overview", image, _grid(counts, overview), stretched=True),
+        PatchMap(image, "tiles", mosaic, padded=True),
+        PatchMap(image, "overview", _grid(counts, overview), padded=False),
     ]
 
 
@@ -91,21 +108,27 @@ def _grid(counts: npt.NDArray[np.int32], span: ImageSpan) -> npt.NDArray[np.int3
     return counts[span.start : span.stop].reshape(span.ny, span.nx)
 
 
-def _draw(panel: _Panel, top: int) -> Image.Image:
+def _label(one: PatchMap) -> str:
+    rows, columns = one.counts.shape
+    part = "" if one.part == "picture" else f", {one.part}"
+    return f"image {one.image + 1}: {columns} x {rows} patches{part}"
+
+
+def _draw(one: PatchMap, image: Image.Image, top: int) -> Image.Image:
     """The picture in faint grey, its patches shaded on a scale from 0 to `top`."""
-    scale = _PANEL / max(panel.image.size)
-    width, height = (max(1, round(side * scale)) for side in panel.image.size)
-    rows, columns = panel.counts.shape
+    scale = _PANEL / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    rows, columns = one.counts.shape
     # The patches' area in pixels of the panel: larger than the panel where the picture was padded.
     side = max(width / columns, height / rows)
-    area = (width, height) if panel.stretched else (round(side * columns), round(side * rows))
+    area = (round(side * columns), round(side * rows)) if one.padded else (width, height)
     left, upper = (area[0] - width) // 2, (area[1] - height) // 2
     xs = (np.arange(left, left + width) * columns) // area[0]
     ys = (np.arange(upper, upper + height) * rows) // area[1]
 
-    grey = panel.image.convert("L").resize((width, height), Image.Resampling.LANCZOS)
+    grey = image.convert("L").resize((width, height), Image.Resampling.LANCZOS)
     light = 0.35 + 0.65 * np.asarray(grey, float)[..., None] / 255
-    shade = _colour(panel.counts / top)[ys[:, None], xs[None, :]]
+    shade = _colour(one.counts / top)[ys[:, None], xs[None, :]]
     pixels = shade * light
     if side >= 12:  # borders only where they leave something between them
         pixels[(np.diff(ys, prepend=ys[0]) > 0), :] = _GRID

@@ -9,9 +9,9 @@ import json
 import os
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
@@ -22,48 +22,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from edge_shiftkv.errors import ShiftKVError
-from edge_shiftkv.request import Options
 from edge_shiftkv.runtime import Runtime
+from edge_shiftkv.selection.methods import METHODS
 from edge_shiftkv.server.errors import ApiError, api_error, error_object
+from edge_shiftkv.server.page import page
 from edge_shiftkv.server.queue import Job, Queue
+from edge_shiftkv.server.sessions import Sessions
+from edge_shiftkv.server.settings import Settings
 
 UPLOAD_S = 120.0
 """Seconds that a body may take to come."""
 
 _DRAIN_S = 20.0  # and one of a request that is refused
 
-# Options of a request, and the defaults that they stand for.
-_REPLACES = {
-    "max_completion_tokens": ("max_tokens",),
-    "response_format": ("grammar", "json_schema"),
-    "grammar": ("json_schema",),
-    "json_schema": ("grammar",),
-}
+_Work = Callable[[Runtime, dict[str, Any]], Iterable[dict[str, Any]]]
+"""What is done with a body, in its turn."""
+
 _CHUNKS = ("chat.completion.chunk",)
 _NO_CACHE = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the server behaves.
-
-    model: the model's name in answers, unless the request has one; any name is taken.
-    defaults: how answers are written where a request does not say.
-    time_limit: the most seconds that an answer may take, not counting the wait for its turn; None sets no limit.
-    max_body: bytes of a request's body.
-    api_keys: one of them has to come as ``Authorization: Bearer``; none, and nothing has to.
-    cors: the origins of web pages that may ask; "*" for any.
-    loopback: whether the server is to be reached from this machine only. Then it answers to names of this machine
-        only: a web page whose own name leads here (DNS rebinding) is turned away.
-    """
-
-    model: str
-    defaults: Options
-    time_limit: float | None = None
-    max_body: int = 32 << 20
-    api_keys: tuple[str, ...] = ()
-    cors: tuple[str, ...] = ()
-    loopback: bool = True
 
 
 def create_app(queue: Queue, settings: Settings) -> FastAPI:
@@ -85,7 +61,26 @@ def create_app(queue: Queue, settings: Settings) -> FastAPI:
     app = FastAPI(title="edge_shiftkv", openapi_url=None, dependencies=[Depends(check_host)])
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
     started = int(time.time())
-    model = {"id": settings.model, "object": "model", "created": started, "owned_by": "edge_shiftkv"}
+    model = {
+        **{"id": settings.model, "object": "model", "created": started, "owned_by": "edge_shiftkv"},
+        **_abilities(queue.runtime),
+    }
+    sessions = Sessions(settings)
+
+    async def serve(request: Request, work: _Work, end: Callable[[], object] = lambda: None) -> Response:
+        job = queue.enter()
+        job.on_end(end)
+        try:
+            body = {} if request.method == "DELETE" else await _body(request, settings.max_body)
+            job.start(lambda runtime: work(runtime, body))
+            return await _answer(request, job)
+        except BaseException:
+            job.cancel()
+            raise
+
+    def forget_later() -> None:
+        forget = partial(queue.thread.submit, sessions.forget)
+        asyncio.get_running_loop().call_later(settings.session_idle, forget)
 
     @app.get("/health")
     async def health() -> Response:
@@ -104,37 +99,47 @@ def create_app(queue: Queue, settings: Settings) -> FastAPI:
 
     @v1.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        job = queue.enter()
-        try:
-            body = await _body(request, settings.max_body)
-            job.start(lambda runtime: _chat(runtime, body, settings))
-            return await _answer(request, job)
-        except BaseException:
-            job.cancel()
-            raise
+        return await serve(request, lambda runtime, body: _chat(runtime, body, settings))
+
+    @v1.post("/sessions")
+    async def open_session(request: Request) -> Response:
+        return await serve(request, lambda runtime, body: [sessions.open(runtime, body)], forget_later)
+
+    @v1.post("/sessions/{name}/ask")
+    async def ask(name: str, request: Request) -> Response:
+        return await serve(request, lambda _, body: sessions.ask(name, body), forget_later)
+
+    @v1.delete("/sessions/{name}")
+    async def delete_session(name: str, request: Request) -> Response:
+        return await serve(request, lambda *_: [sessions.delete(name)])
 
     app.include_router(v1)
+    app.include_router(page(settings))
     for kind in (ApiError, ShiftKVError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _error_response)
     if settings.cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
         )
     return app
 
 
 def _chat(runtime: Runtime, body: dict[str, Any], settings: Settings) -> Iterable[dict[str, Any]]:
     """The answer to the body of a chat completion: one object, or chunks."""
-    # null asks for the default, but for a budget, which has it keep everything.
-    given = {name: value for name, value in body.items() if value is not None or name == "kv_budget"}
-    replaced = {name for new, old in _REPLACES.items() if new in given for name in old}
-    options: dict[str, Any] = {name: value for name, value in settings.defaults.items() if name not in replaced}
-    options |= {"model": settings.model, **given}
-    asked, limit = given.get("time_limit"), settings.time_limit
-    if limit is not None and (asked is None or (isinstance(asked, int | float) and not asked < limit)):
-        options["time_limit"] = limit
+    options = settings.completed(body)
     answer = runtime.create_chat_completion(options.pop("messages", ()), **options)
     return [answer] if isinstance(answer, dict) else answer
+
+
+def _abilities(runtime: Runtime) -> dict[str, Any]:
+    """What the model and its library can do, as it says itself: beside what OpenAI's API tells of a model."""
+    named = (name for name, make in METHODS.items() if make() == runtime.kv_method)
+    return {
+        "images": runtime.engine.projector is not None,
+        "kv_budget": runtime.kv_budget,
+        "kv_method": next(named, None),
+        "kv_methods": list(METHODS),
+    }
 
 
 async def _body(request: Request, max_bytes: int) -> dict[str, Any]:

@@ -43,15 +43,15 @@ def is_loopback(listener: socket.socket) -> bool:
 
 
 def url(listener: socket.socket) -> str:
-    """The base URL for OpenAI clients."""
+    """The address of the page; with ``v1`` behind it, the base URL for OpenAI clients."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def serve(app: FastAPI, queue: Queue, listener: socket.socket, *, log: bool) -> None:
     """Serve until SIGTERM or Ctrl-C: then what is being answered is finished; a second one ends at once.
 
-    A line with the address on stdout says that it is up. log: whether a line on stderr tells of each request.
+    Lines with the addresses on stdout say that it is up. log: whether a line on stderr tells of each request.
     """
     config = uvicorn.Config(
         Log(app) if log else app,
@@ -73,7 +73,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or ():
-            print(f"listening on {url(listener)}", flush=True)
+            print(f"listening on {url(listener)}v1\na page to try it: {url(listener)}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._queue.stop()

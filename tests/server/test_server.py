@@ -238,7 +238,11 @@ def test_half_a_surrogate_pair(server):
 
 
 def test_what_is_no_request(server):
-    for method, path, status in (("GET", "/", 404), ("POST", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+    ):
         got, about = error(server.raw(method, path))
         assert (got, about["type"]) == (status, "invalid_request_error")
     assert error(server.raw("POST", "/v1/chat/completions", b"{}", Content_Type="text/plain"))[0] == 415
