@@ -38,6 +38,9 @@ CPU_FLAGS = {"SSE42": "sse4_2", "AVX512": "avx512f"}
 
 VULKAN_PACKAGES = ("glslc", "libvulkan-dev", "mesa-vulkan-drivers", "spirv-headers")
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER_PACKAGES = ("chromium",)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status of the first step that fails, or 0."""
@@ -78,6 +81,7 @@ def test(arguments: Sequence[str]) -> None:
     if make_vulkan_available():
         environment["EDGE_SHIFTKV_VULKAN_LIB"] = str(build_library("vulkan", "--vulkan", *options))
     build(*options)
+    make_browser_available()
     python("-m", "ruff", "format", "--check", "--quiet", ".")
     python("-m", "ruff", "check", "--quiet", ".")
     python("-m", "mypy")
@@ -127,23 +131,33 @@ def build_library(name: str, *options: str) -> Path:
 
 def make_vulkan_available() -> bool:
     """Whether the Vulkan variant can be built here, after installing Debian's packages where that needs no password."""
+    return install("Vulkan build", VULKAN_PACKAGES)
+
+
+def make_browser_available() -> bool:
+    """Whether there is a browser for the tests of the server's page, after installing Debian's if need be."""
+    return any(map(shutil.which, BROWSERS)) or install("tests in a browser", BROWSER_PACKAGES)
+
+
+def install(what: str, packages: Sequence[str]) -> bool:
+    """Whether Debian's packages for something are there, after installing them where that needs no password."""
     if not sys.platform.startswith("linux") or not shutil.which("dpkg-query"):
-        print("no Vulkan build: its packages are only installed on Debian and its relatives", flush=True)
+        print(f"no {what}: its packages are only installed on Debian and its relatives", flush=True)
         return False
-    query = ["dpkg-query", "--show", "--showformat", "${db:Status-Status}\\n", *VULKAN_PACKAGES]
+    query = ["dpkg-query", "--show", "--showformat", "${db:Status-Status}\\n", *packages]
     states = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    if states == ["installed"] * len(VULKAN_PACKAGES):
+    if states == ["installed"] * len(packages):
         return True
     become_root = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]
     apt = [*become_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet", "--quiet"]
-    print(f"installing {' '.join(VULKAN_PACKAGES)}", flush=True)
-    for command in (["update"], ["install", "--yes", "--no-install-recommends", *VULKAN_PACKAGES]):
+    print(f"installing {' '.join(packages)}", flush=True)
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
         try:
             result = subprocess.run([*apt, *command], stdout=subprocess.DEVNULL, check=False)
         except FileNotFoundError:  # neither root nor sudo
             return False
         if result.returncode:
-            print(f"no Vulkan build: apt-get {command[0]} failed", flush=True)
+            print(f"no {what}: apt-get {command[0]} failed", flush=True)
             return False
     return True
 

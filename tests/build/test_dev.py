@@ -67,6 +67,7 @@ def test_the_option_decides_about_all_libraries(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(dev, "make_environment", lambda _: None)
     monkeypatch.setattr(dev, "make_vulkan_available", lambda: True)
+    monkeypatch.setattr(dev, "make_browser_available", lambda: True)
     monkeypatch.setattr(dev, "build", lambda *options: built.append(options))
     monkeypatch.setattr(dev, "build_library", build_library)
     monkeypatch.setattr(dev, "python", lambda *arguments, **_: run.append(arguments))

@@ -103,7 +103,7 @@ def serving(*arguments: object, slowly: bool = False) -> Iterator[Server]:
         log = Path(folder, "log")
         with log.open("w") as err:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
-        watchdog = threading.Timer(120, process.kill)
+        watchdog = threading.Timer(600, process.kill)
         watchdog.start()
         try:
             ready = process.stdout.readline() if process.stdout else ""
