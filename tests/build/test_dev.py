@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,3 +79,20 @@ def test_the_option_decides_about_all_libraries(monkeypatch: pytest.MonkeyPatch)
     built.clear()
     dev.test([])
     assert built == [("--stock",), ("--vulkan",), ()]
+
+
+def test_a_browser_is_only_installed_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[object] = []
+    found = {"google-chrome": "/usr/bin/google-chrome"}
+
+    def install(*arguments: object) -> bool:
+        installed.append(arguments)
+        return False
+
+    monkeypatch.setattr(shutil, "which", found.get)
+    monkeypatch.setattr(dev, "install", install)
+    assert dev.make_browser_available()
+    assert installed == []
+    found.clear()
+    assert not dev.make_browser_available()
+    assert installed == [("tests in a browser", ("chromium",))]

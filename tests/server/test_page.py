@@ -285,6 +285,34 @@ def test_what_is_wrong_is_said(browser, server, demo, tmp_path):
         expect(page.get_by_role("alert")).to_have_count(0)
 
 
+def test_an_answer_that_breaks_off(page, demo):
+    choose(page, demo / "document.png")
+    begun = 'data: {"choices": [{"delta": {"content": "VOLT"}}]}\n\n'
+    for rest, message in (
+        ('data: {"error": {"message": "the request took too long", "code": "time_limit"}}\n\n', "took too long"),
+        ("", "The answer broke off"),
+    ):
+        page.route(
+            "**/ask", lambda route, rest=rest: route.fulfill(body=begun + rest, content_type="text/event-stream")
+        )
+        page.get_by_label("What do you want to know?").fill("Read line 2.")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text(message)
+        expect(page.locator("#answer")).to_have_text("VOLT")
+        page.unroute("**/ask")
+
+
+def test_another_picture_is_chosen_while_one_is_read(page, demo, wide, runtime):
+    held = []
+    page.route("**/v1/sessions", lambda route: route.continue_() if held else held.append(route))
+    page.get_by_label("Choose a picture").set_input_files(wide)
+    expect(page.get_by_role("status")).to_have_text("Reading the picture")
+    choose(page, demo / "document.png")
+    _, text = ask(page, "Read line 2.")
+    assert text == own(runtime, demo / "document.png", "Read line 2.", kv_budget=0.33).text
+    assert len(held) == 1
+
+
 def test_an_answer_comes_piece_by_piece_and_can_be_stopped(browser, slow, demo, runtime):
     whole = own(runtime, demo / "document.png", "Read everything.", kv_budget=0.5).text
     with visiting(browser, home(slow)) as page:

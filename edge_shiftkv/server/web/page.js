@@ -7,7 +7,7 @@ const show = (id, visible = true) => {
 };
 
 let key = sessionStorage.getItem(KEY) ?? "";
-let picture = null; // {url: of its bytes, width, height}
+let picture = null; // {url: of its bytes}
 let session = null; // a promise of what the server says of the picture that it has read
 let nTokens = 0; // that the picture has as a prompt; 0 before that is known
 let asking = null; // the AbortController of what is waited for
@@ -45,7 +45,10 @@ async function* events(response) {
   const decoder = new TextDecoder();
   let left = "";
   for (const reader = response.body.getReader(); ; ) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
     left += decoder.decode(value, { stream: !done });
     const lines = left.split("\n\n");
     left = lines.pop();
@@ -70,8 +73,10 @@ async function read(signal) {
     tellBudget();
     return opened;
   } catch (error) {
-    if (session === mine) session = null;
-    if (error.code === "invalid_image") picture = null;
+    if (session === mine) {
+      session = null;
+      if (error.code === "invalid_image") picture = null;
+    }
     throw error;
   }
 }
@@ -95,24 +100,25 @@ async function take(file) {
   select(null);
   const image = element("picture");
   URL.revokeObjectURL(image.src);
-  picture = { url: await dataUrl(file), width: 1, height: 1 };
-  image.src = URL.createObjectURL(file);
-  try {
-    await image.decode();
-    layOut(image.naturalWidth, image.naturalHeight);
-  } catch {
-    // The server may know it all the same, and then tells its size.
-    image.removeAttribute("src");
-  }
-  show("empty", false);
   element("send").disabled = true;
+  show("empty", false);
+  const mine = (picture = { url: "" });
+  mine.url = await dataUrl(file);
+  if (picture !== mine) return; // another one was chosen meanwhile
+  image.src = URL.createObjectURL(file);
+  const { naturalWidth, naturalHeight } = await image.decode().then(() => image, () => ({}));
+  if (picture !== mine) return;
+  // What this browser cannot show, the server may know all the same, and then tells its size.
+  if (naturalWidth) layOut(naturalWidth, naturalHeight);
+  else image.removeAttribute("src");
   await waitFor("Reading the picture", async (signal) => {
     const { images } = await read(signal);
+    if (picture !== mine) return;
     layOut(images[0].width, images[0].height);
     status("The picture is read: ask about it.");
     element("question").focus();
   });
-  element("send").disabled = !picture;
+  if (picture === mine || !picture) element("send").disabled = !picture;
 }
 
 function dataUrl(file) {
@@ -125,7 +131,6 @@ function dataUrl(file) {
 }
 
 function layOut(width, height) {
-  Object.assign(picture, { width, height });
   element("stage").style.setProperty("--ratio", width / height);
   show("figure");
   draw();
@@ -325,6 +330,7 @@ function draw() {
   fillParts();
   const map = currentMap();
   show("legend", Boolean(map));
+  canvas.tabIndex = map ? 0 : -1;
   canvas.setAttribute("aria-label", map ? "Patches by how many kept them; arrow keys go through them" : "No patches");
   if (!map) {
     const nothing = shown?.kept === null ? "Nothing was cut: the answer was read from the whole picture." : "";
