@@ -285,6 +285,10 @@ def test_what_is_wrong_is_said(browser, server, demo, tmp_path):
         expect(page.get_by_role("alert")).to_have_count(0)
 
 
+def sends(events):
+    return lambda route: route.fulfill(body=events, content_type="text/event-stream")
+
+
 def test_an_answer_that_breaks_off(page, demo):
     choose(page, demo / "document.png")
     begun = 'data: {"choices": [{"delta": {"content": "VOLT"}}]}\n\n'
@@ -292,9 +296,7 @@ def test_an_answer_that_breaks_off(page, demo):
         ('data: {"error": {"message": "the request took too long", "code": "time_limit"}}\n\n', "took too long"),
         ("", "The answer broke off"),
     ):
-        page.route(
-            "**/ask", lambda route, rest=rest: route.fulfill(body=begun + rest, content_type="text/event-stream")
-        )
+        page.route("**/ask", sends(begun + rest))
         page.get_by_label("What do you want to know?").fill("Read line 2.")
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_contain_text(message)
