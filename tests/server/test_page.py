@@ -383,9 +383,13 @@ def test_a_tiled_picture_has_two_maps(browser, guarded, tiny):
             expect(page.locator("#readout")).to_have_text(told)
 
 
-def test_a_model_that_reads_no_pictures(browser, tiny):
-    with serving("-m", tiny.text) as server, visiting(browser, home(server)) as page:
-        expect(page.get_by_role("alert")).to_contain_text("start the server with --mmproj")
+def test_a_model_that_reads_no_pictures(page):
+    page.route(
+        "**/v1/models",
+        lambda route: route.fulfill(json={"data": [{**route.fetch().json()["data"][0], "images": False}]}),
+    )
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("start the server with --mmproj")
 
 
 def test_a_small_window_in_the_dark(browser, server, demo):

@@ -305,9 +305,11 @@ def guarded(tiny):
 def test_keys_and_pages(guarded):
     for method, path in (("POST", SESSIONS), ("POST", f"{SESSIONS}/a/ask"), ("DELETE", f"{SESSIONS}/a")):
         for headers in ({}, {"Authorization": "Bearer two"}):
-            got, about = error(guarded.raw(method, path, b"{}", Content_Type="application/json", **headers))
-            assert (got, about["code"]) == (401, "invalid_api_key")
+            status, about = error(guarded.raw(method, path, b"{}", Content_Type="application/json", **headers))
+            assert (status, about["code"]) == (401, "invalid_api_key")
     key = {"Authorization": "Bearer one"}
+    (model,) = got(guarded.raw("GET", "/v1/models", **key))["data"]
+    assert model["images"] is False
     assert answer(guarded.send({"text": "a"}, SESSIONS, **key))[0] == 200
     assert error(guarded.raw("POST", SESSIONS, b"{}", Content_Type="text/plain", **key))[0] == 415
     for method in ("POST", "DELETE"):
