@@ -173,6 +173,7 @@ async def _body(request: Request, max_bytes: int) -> dict[str, Any]:
 
 async def _answer(request: Request, job: Job) -> Response:
     """What a job gives: one object as JSON; chunks, of which it is told as they come, as events."""
+    request.state.body_awaited = True  # by who watches
     watch = asyncio.create_task(_cancel_when_gone(request, job))
     job.on_end(watch.cancel)
     first = await anext(job)

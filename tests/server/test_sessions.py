@@ -14,6 +14,7 @@ from support.server import answer, error, serving
 
 from edge_shiftkv import ImageError, Runtime, SettingError
 from edge_shiftkv.request import Options
+from edge_shiftkv.server import app as app_module
 from edge_shiftkv.server import sessions as sessions_module
 from edge_shiftkv.server.app import create_app
 from edge_shiftkv.server.errors import ApiError
@@ -233,7 +234,7 @@ def test_a_session_that_is_not_used_ends(tiny, runtime, monkeypatch):
     close = Session.close
     monkeypatch.setattr(Session, "close", lambda self: (close(self), closed.append(self)))
 
-    async def post(app, path, body):
+    async def call(app, path, body, method="POST"):
         sent = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
         received = []
 
@@ -244,26 +245,30 @@ def test_a_session_that_is_not_used_ends(tiny, runtime, monkeypatch):
             received.append(message)
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
         await app({**scope, "http_version": "1.1", "scheme": "http", "server": ("localhost", 80)}, receive, send)
         return json.loads(received[1]["body"])
 
     async def serve():
         with Queue(runtime, 1) as queue:
             app = create_app(queue, Settings("tiny", Options(), session_idle=0.2))
-            session = await post(app, SESSIONS, {"text": "A table."})
+            session = await call(app, SESSIONS, {"text": "A table."})
             assert not closed
-            assert (await post(app, f"{SESSIONS}/{session['id']}/ask", {"question": "What?", "max_tokens": 1}))[
+            assert (await call(app, f"{SESSIONS}/{session['id']}/ask", {"question": "What?", "max_tokens": 1}))[
                 "kept"
             ] is None
             for _ in range(1000):
                 if closed:
                     break
                 await asyncio.sleep(0.05)
-            gone = await post(app, f"{SESSIONS}/{session['id']}/ask", {"question": "What?"})
-            return gone["error"]["code"]
+            # Nothing is waited for that would come after the body.
+            return [
+                (await asyncio.wait_for(call(app, path, {"question": "What?"}, method), 60))["error"]["code"]
+                for method, path in (("POST", f"{SESSIONS}/{session['id']}/ask"), ("DELETE", f"{SESSIONS}/a"))
+            ]
 
-    assert asyncio.run(serve()) == "session_not_found"
+    monkeypatch.setattr(app_module, "_DRAIN_S", 3600)
+    assert asyncio.run(serve()) == ["session_not_found"] * 2
     assert len(closed) == 1
 
 
