@@ -21,7 +21,7 @@ HOWTO = [README, *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 PAGES = [*HOWTO, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
 
 # What stands behind fences: what runs as Python, or is shown to tests of its own, and what people type.
-KINDS = {"python", "python server", "python cluster", "sh", "json", "text"}
+KINDS = {"python", "python server", "python cluster", "sh", "sh session", "json", "text"}
 
 # Programs of others; with the options of them that pages name beside blocks of code.
 OTHERS = {
