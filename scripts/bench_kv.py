@@ -132,7 +132,7 @@ def selection(options: argparse.Namespace) -> Iterator[Row]:
     """Each method's share of prefill time."""
     methods = {text: configured(text) for text in options.methods}
     with closing(Bench(options.model, options.threads, options.clock, options.gpu_layers)) as bench:
-        measure_selection(bench, 2 * BATCH, options.budget, methods, 1)  # warm-up
+        measure_selection(bench, min(2 * BATCH, *options.tokens), options.budget, methods, 1)  # warm-up
         for n_prompt in sorted(options.tokens):
             plain, captured, select, hand_over = measure_selection(
                 bench, n_prompt, options.budget, methods, options.rounds
