@@ -119,18 +119,16 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
                     os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         output.seek(0)
         text = output.read().decode(errors="replace")
-        measured = read_figures(figures) if figures.exists() else {}
+        measured = read_figures(figures, by_lines=step.file == "--out") if figures.exists() else {}
     return {"status": status, "seconds": time.monotonic() - started, "output": text[-8000:], "measured": measured}
 
 
-def read_figures(path: Path) -> Any:
-    """What a step has measured: JSON, or a list of what is JSON by lines."""
+def read_figures(path: Path, *, by_lines: bool) -> Any:
+    """What a step has measured: JSON, or the list of what is JSON by lines."""
     text = path.read_text()
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        # The last line may be cut off.
+    if by_lines:  # the last one may be cut off
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return json.loads(text)
 
 
 def table(measured: Any) -> str:

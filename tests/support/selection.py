@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import gguf
 import numpy as np
 
-from edge_shiftkv.build import cpu_features
+from edge_shiftkv.build.options import cpu_features
 from support import comparison, reference
 from support.comparison import Bounds
 from support.gguf_random import Spec
