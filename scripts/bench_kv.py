@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import synthetic_gguf
 from kv_methods import configured
+from whole_files import write_whole
 
 from edge_shiftkv import Runtime
 from edge_shiftkv.build import default_cache_dir
@@ -127,37 +128,33 @@ def measure_selection(
     return plain, captured, select, hand_over
 
 
-def selection(options: argparse.Namespace) -> list[Row]:
+def selection(options: argparse.Namespace) -> Iterator[Row]:
     """Each method's share of prefill time."""
-    rows: list[Row] = []
     methods = {text: configured(text) for text in options.methods}
     with closing(Bench(options.model, options.threads, options.clock, options.gpu_layers)) as bench:
-        measure_selection(bench, 2 * BATCH, options.budget, methods, 1)  # warm-up
-        for n_prompt in options.tokens:
+        measure_selection(bench, min(2 * BATCH, *options.tokens), options.budget, methods, 1)  # warm-up
+        for n_prompt in sorted(options.tokens):
             plain, captured, select, hand_over = measure_selection(
                 bench, n_prompt, options.budget, methods, options.rounds
             )
             capture = ratio(captured, plain)
             for name in methods:
                 both = [sum(pair) for pair in zip(select[name], hand_over[name], strict=True)]
-                rows.append(
-                    {
-                        "Prompt tokens": n_prompt,
-                        "Method": name,
-                        "Prefill, s": f"{np.median(plain):.2f}",
-                        "Prefill with / without capture": capture,
-                        "Selection, s": f"{np.median(select[name]):.3f}",
-                        "Hand-over, s": f"{np.median(hand_over[name]):.3f}",
-                        "Both / prefill": ratio(both, plain, percent=True),
-                        ROUNDS: {
-                            "prefill": plain,
-                            "prefill with capture": captured,
-                            "selection": select[name],
-                            "hand-over": hand_over[name],
-                        },
-                    }
-                )
-    return rows
+                yield {
+                    "Prompt tokens": n_prompt,
+                    "Method": name,
+                    "Prefill, s": f"{np.median(plain):.2f}",
+                    "Prefill with / without capture": capture,
+                    "Selection, s": f"{np.median(select[name]):.3f}",
+                    "Hand-over, s": f"{np.median(hand_over[name]):.3f}",
+                    "Both / prefill": ratio(both, plain, percent=True),
+                    ROUNDS: {
+                        "prefill": plain,
+                        "prefill with capture": captured,
+                        "selection": select[name],
+                        "hand-over": hand_over[name],
+                    },
+                }
 
 
 def decode_block(context: Context, position: int, token: int, n_tokens: int) -> None:
@@ -186,9 +183,8 @@ def measure_decode(
     return result
 
 
-def decode(options: argparse.Namespace) -> list[Row]:
+def decode(options: argparse.Namespace) -> Iterator[Row]:
     """Decode time per token against prompt length."""
-    rows: list[Row] = []
     lengths = sorted(options.tokens)
     chosen = method(DEFAULT_METHOD)
     path = options.model or synthetic_model(options.layers)
@@ -212,18 +208,15 @@ def decode(options: argparse.Namespace) -> list[Row]:
                             "short": (reference, REFERENCE_TOKENS),
                         }
                         times = measure_decode(bench, contexts, tokens[0], options.rounds)
-                rows.append(
-                    {
-                        "Prompt tokens": n_prompt,
-                        "Full cache, ms": f"{np.median(times['full']):.2f}",
-                        f"Budget {options.budget}, ms": f"{np.median(times['cut']):.2f}",
-                        f"{REFERENCE_TOKENS}-token prompt, ms": f"{np.median(times['short']):.2f}",
-                        "Full / cut": ratio(times["full"], times["cut"]),
-                        f"Cut / {REFERENCE_TOKENS}-token prompt": ratio(times["cut"], times["short"]),
-                        ROUNDS: times,
-                    }
-                )
-    return rows
+                yield {
+                    "Prompt tokens": n_prompt,
+                    "Full cache, ms": f"{np.median(times['full']):.2f}",
+                    f"Budget {options.budget}, ms": f"{np.median(times['cut']):.2f}",
+                    f"{REFERENCE_TOKENS}-token prompt, ms": f"{np.median(times['short']):.2f}",
+                    "Full / cut": ratio(times["full"], times["cut"]),
+                    f"Cut / {REFERENCE_TOKENS}-token prompt": ratio(times["cut"], times["short"]),
+                    ROUNDS: times,
+                }
 
 
 def synthetic_model(n_layer: int) -> Path:
@@ -245,11 +238,10 @@ WAYS: dict[str, dict[str, Any]] = {
 """How a prompt is read: the settings of a runtime, which has a budget where there are any."""
 
 
-def memory(options: argparse.Namespace) -> list[Row]:
+def memory(options: argparse.Namespace) -> Iterator[Row]:
     """The peak of a process that reads a prompt and answers, and the time that it takes to the first token."""
-    rows: list[Row] = []
     path = options.model or synthetic_model(options.layers)
-    for n_prompt in options.tokens:
+    for n_prompt in sorted(options.tokens):
         peaks: dict[str, list[float]] = {way: [] for way in WAYS}
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for i in range(options.rounds):
@@ -261,8 +253,8 @@ def memory(options: argparse.Namespace) -> list[Row]:
                     ).result()
                 peaks[way].append(peak)
                 seconds[way].append(taken)
-        rows += [
-            {
+        for way in WAYS:
+            yield {
                 "Prompt tokens": n_prompt,
                 "Cache": way,
                 "Peak, MiB": f"{np.median(peaks[way]) / MIB:.0f}",
@@ -271,9 +263,6 @@ def memory(options: argparse.Namespace) -> list[Row]:
                 "First token / cut": ratio(seconds[way], seconds["cut"]),
                 ROUNDS: {"peak": peaks[way], "seconds": seconds[way]},
             }
-            for way in WAYS
-        ]
-    return rows
 
 
 def measure_memory(
@@ -322,11 +311,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--budget", type=int, default=256, help="KV pairs kept per layer and KV head (256)")
     common.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
-    common.add_argument("--json", type=Path, metavar="FILE", help="write the rows with all single measurements there")
+    common.add_argument("--json", type=Path, metavar="FILE", help="write each row with all single measurements there")
     parser = argparse.ArgumentParser(description="Measure what cutting the KV cache costs and saves.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(function: Callable[[argparse.Namespace], list[Row]], **extra: Any) -> argparse.ArgumentParser:
+    def add(function: Callable[[argparse.Namespace], Iterator[Row]], **extra: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(function.__name__, parents=[common], help=function.__doc__)
         command.add_argument("-m", "--model", type=Path, **extra)
         command.set_defaults(function=function)
@@ -374,13 +363,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print what came out."""
     options = parse(arguments)
-    rows: list[Row] = options.function(options)
     model = options.model.name if options.model else f"random weights, {options.layers} layers of LLaVA-7B's shape"
     clock = "CPU time" if options.clock is time.process_time else "wall time"
     settings = {"model": model, "threads": options.threads, "clock": clock, "budget": options.budget}
+    rows: list[Row] = []
+    for row in options.function(options):
+        rows.append(row)
+        if options.json:
+            text = json.dumps({"command": options.command, **settings, "rows": rows}, indent=1)
+            write_whole(options.json, text + "\n")
     print(f"{', '.join(f'{name}: {value}' for name, value in settings.items())}\n\n{markdown(rows)}")
-    if options.json:
-        options.json.write_text(json.dumps({"command": options.command, **settings, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from whole_files import write_whole
 
 PREFILL = 512
 DEPTH = 64  # tokens in the KV cache that a pass is added to
@@ -122,6 +123,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
             for n in options.tokens:
                 for name in order:
                     times[name][n].append(libraries[name].seconds(n))
+            if options.json:
+                text = json.dumps({"model": options.model.name, "seconds": times}, indent=1)
+                write_whole(options.json, text + "\n")
     return times
 
 
@@ -159,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu-layers", type=int, default=0, help="layers on the GPU (0)")
     parser.add_argument("--cpu-time", action="store_true", help="measure CPU time of one thread, not wall time")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all single measurements there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all single measurements there, each round")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not 1 <= min(options.tokens) <= max(options.tokens) <= PREFILL:
@@ -176,8 +180,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"model: {options.model.name}, threads: {options.threads}, clock: {measured_in}, rounds: {options.rounds}"
     )
     print(f"{settings}\n\n{table(times)}")
-    if options.json:
-        options.json.write_text(json.dumps({"model": options.model.name, "seconds": times}, indent=1) + "\n")
     return 0
 
 

@@ -2,10 +2,13 @@
 
     edge-shiftkv build --cuda          # or --metal, --vulkan
     python scripts/check_device.py --out device.json
+    python scripts/check_device.py --out device.json -m qwen2.5-1.5b.gguf --draft smollm2-135m.gguf --deepen 130
 
-Each step runs in a process of its own and has a share of --minutes; one that fails or takes longer is noted, and the
-next one begins. The models have random weights and the shape of LLaVA-7B's layers (3.6 GiB for all of them). The file
-has every single measurement; what is printed are tables in Markdown.
+Each step runs in a process of its own and has a share of --minutes; one that fails or takes longer is noted with what
+it had measured by then, and the next one begins, with what is left of the time. Models have random weights and the
+shape of LLaVA-7B's layers (3.6 GiB for all of them). What needs one that answers is left out without -m: many requests
+at once, and, without --draft, drafts; for those, --deepen gives the target the cost of a larger one (deepen_gguf.py).
+The file has every single measurement; what is printed are tables in Markdown.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import bench_kv
+import bench_pass
+import deepen_gguf
 import llama_cpp
+from whole_files import write_whole
 
-from edge_shiftkv.build import WHEEL_VERSION
+from edge_shiftkv.build import WHEEL_VERSION, default_cache_dir
 from edge_shiftkv.doctor import probe
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -35,51 +42,106 @@ ALL = "99"  # layers on the device
 
 @dataclass(frozen=True)
 class Step:
-    """A command that is run. `share` is its part of the time; `table` whether it writes to the file after --json."""
+    """A command that is run. `share` is its part of the time; `file` the option that names where its figures go."""
 
     name: str
     command: tuple[str, ...]
     share: float
-    table: bool = True
+    file: str | None = "--json"
 
 
 def steps(options: argparse.Namespace) -> list[Step]:
     """All that is checked."""
     model = str(bench_kv.synthetic_model(options.layers))
-    tokens = [str(n) for n in options.tokens]
+    tokens = [str(n) for n in sorted(options.tokens)]
     chosen = options.test or [str(SCRIPTS.parent / "tests" / "native")]
     tests = ("-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", *chosen)
     methods = ("--methods", "mixed", "paper")
     on_device = ("-m", model, "--gpu-layers", ALL)
     rounds = ("--rounds", str(options.rounds))
-    return [
-        Step("Tests", tests, 0.4, table=False),
+    # bench_pass.py measures the installed library unless it is told another.
+    library = ("--library", os.environ["LLAMA_CPP_LIB_PATH"]) if "LLAMA_CPP_LIB_PATH" in os.environ else ()
+    found = [
+        Step("Tests", tests, 0.35, file=None),
         Step("Decoding", (str(SCRIPTS / "bench_kv.py"), "decode", *on_device, "--tokens", *tokens, *rounds), 0.2),
         Step(
             "Selection",
             (str(SCRIPTS / "bench_kv.py"), "selection", *on_device, "--tokens", *tokens, *methods, *rounds),
-            0.25,
+            0.3,
         ),
-        Step("Passes over a few tokens", (str(SCRIPTS / "bench_pass.py"), *on_device, *rounds), 0.15),
+        Step("Passes over a few tokens", (str(SCRIPTS / "bench_pass.py"), *on_device, *rounds, *library), 0.15),
     ]
+    if options.model:
+        batch = (str(SCRIPTS / "bench_batch.py"), "-m", str(options.model), "--requests", "8", *rounds)
+        found.append(Step("Many requests at once", batch, 0.2, file="--out"))
+    if options.draft:
+        few = ("--prompts", "4", "--lengths", "4", "--gpu-layers", ALL)
+        drafts = (
+            *(str(SCRIPTS / "bench_spec.py"), "speed"),
+            *("-m", str(deepened(options)), "--draft", str(options.draft), *few),
+        )
+        found.append(Step("Drafts", drafts, 0.3, file="--out"))
+    return found
+
+
+def deepened(options: argparse.Namespace) -> Path:
+    """The target of drafts: the model, or one that says the same for the cost of more layers."""
+    model: Path = options.model
+    if not options.deepen:
+        return model
+    path = default_cache_dir() / "bench" / f"{model.stem}-{options.deepen}-layers.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        deepen_gguf.deepen(model, part, options.deepen)
+        part.replace(path)
+    return path
 
 
 def run(step: Step, seconds: float) -> dict[str, Any]:
-    """What came of a step."""
+    """What came of a step: also of one that was stopped."""
     started = time.monotonic()
     environment = {**os.environ, "EDGE_SHIFTKV_TEST_GPU_LAYERS": ALL}
-    with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "rows.json"
-        command = [sys.executable, *step.command, *(["--json", str(table)] if step.table else [])]
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-            )
-            status, output = f"exit status {done.returncode}" if done.returncode else "", done.stdout + done.stderr
-        except subprocess.TimeoutExpired as error:
-            status, output = "took too long", (error.stdout or b"").decode(errors="replace")
-        found = json.loads(table.read_text()) if table.exists() else {}
-    return {"status": status, "seconds": time.monotonic() - started, "output": output[-8000:], "measured": found}
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "output").open("w+b") as output:
+        figures = Path(folder) / "figures"
+        command = [sys.executable, *step.command, *([step.file, str(figures)] if step.file else [])]
+        # With processes of its own, all of which end with it.
+        with subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process:
+            try:
+                code = process.wait(seconds)
+                status = f"exit status {code}" if code else ""
+            except subprocess.TimeoutExpired:
+                status = "took too long"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+        measured = read_figures(figures, by_lines=step.file == "--out") if figures.exists() else {}
+    return {"status": status, "seconds": time.monotonic() - started, "output": text[-8000:], "measured": measured}
+
+
+def read_figures(path: Path, *, by_lines: bool) -> Any:
+    """What a step has measured: JSON, or the list of what is JSON by lines."""
+    text = path.read_text()
+    if by_lines:  # the last one may be cut off
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return json.loads(text)
+
+
+def table(measured: Any) -> str:
+    """What a step that was stopped has measured, in short."""
+    if isinstance(measured, dict) and measured.get("rows"):
+        return bench_kv.markdown(measured["rows"])
+    if isinstance(measured, dict) and measured.get("seconds"):
+        return bench_pass.table(
+            {name: {int(n): times for n, times in of.items()} for name, of in measured["seconds"].items()}
+        )
+    if isinstance(measured, list):
+        return f"{len(measured)} measurements are in the file."
+    return "Nothing was measured."
 
 
 def device() -> dict[str, Any]:
@@ -107,16 +169,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32256], help="of the prompts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--test", action="append", metavar="TEST", help="only these, as pytest names them; repeatable")
+    parser.add_argument("-m", "--model", type=Path, metavar="GGUF", help="that answers, for requests and drafts")
+    parser.add_argument("--draft", type=Path, metavar="GGUF", help="drafts for it")
+    parser.add_argument("--deepen", type=int, metavar="LAYERS", help="of the target of drafts; as many as it has")
     options = parser.parse_args(arguments)
+    if not options.model and (options.draft or options.deepen):
+        parser.error("--draft and --deepen need the model that is drafted for (-m)")
+    for path in filter(None, (options.model, options.draft)):
+        if not path.is_file():
+            parser.error(f"{path} is no file")
     result: dict[str, Any] = {"device": device(), "steps": {}}
-    for step in steps(options):
-        result["steps"][step.name] = found = run(step, 60 * options.minutes * step.share)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return check(steps(options), 60 * options.minutes, result, options.out)
+
+
+def check(chosen: Sequence[Step], seconds: float, result: dict[str, Any], out: Path) -> int:
+    """Run steps one after the other, write and print what came of each; return 0 if all went well."""
+    ends = time.monotonic() + seconds
+    for i, step in enumerate(chosen):
+        left = max(0.0, ends - time.monotonic())
+        result["steps"][step.name] = found = run(step, left * step.share / sum(other.share for other in chosen[i:]))
+        write_whole(out, json.dumps(result, indent=1) + "\n")
         print(f"## {step.name} ({found['seconds']:.0f} s)\n")
         if found["status"]:
-            print(f"failed ({found['status']}):\n")
-        print(found["output"] if step.table or found["status"] else found["output"].splitlines()[-1])
+            print(f"failed ({found['status']}):\n\n{table(found['measured'])}\n" if step.file else found["status"])
+        print(found["output"] if step.file or found["status"] else found["output"].splitlines()[-1])
         print(flush=True)
+    names = [step.name for step in chosen]
+    for name, option in (("Many requests at once", "-m"), ("Drafts", "--draft")):
+        if name not in names:
+            print(f"## {name}\n\nleft out: needs a model that answers ({option})\n")
     return int(any(found["status"] for found in result["steps"].values()))
 
 

@@ -43,6 +43,14 @@ PARAMETERS = [
         n_prompt=600,
         context={"n_ctx": 768},
     ),
+    # More keys than are held as integers at a time.
+    Case(
+        "heads-in-parts",
+        Spec(n_layer=1, n_embd=64, n_head=32, n_head_kv=32, d_head=128, n_ff=32),
+        Settings(n_proxy=32, n_layer_repeat=0),
+        n_prompt=2300,
+        context={"n_ctx": 2304},
+    ),
 ]
 
 

@@ -193,7 +193,7 @@ def test_scores_move_only_when_asked_for(load: Load) -> None:
 # Both ways to compute
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", ["vnni", "avx512", "avx2", "plain"])
 @pytest.mark.parametrize("type_k", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_the_kernel_and_the_graph_agree(load: Load, type_k: str, isa: str) -> None:
     """Scores but for the rounding of queries by the graph; each set of instructions where the CPU has it."""

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import gguf
 import numpy as np
 
+from edge_shiftkv.build.options import cpu_features
 from support import comparison, reference
 from support.comparison import Bounds
 from support.gguf_random import Spec
@@ -24,6 +25,9 @@ which the reference repeats; `open_weights` has what that leaves open. GPU backe
 
 ON_HOST = not GPU_LAYERS and "LLAMA_SHIFTKV_GRAPH" not in os.environ
 """Whether attention is summed by the kernel for keys in host memory, not by llama.cpp's operations."""
+
+PAIRS = ON_HOST and os.environ.get("LLAMA_SHIFTKV_ISA", "vnni") == "vnni" and "avx512_vnni" in cpu_features().split()
+"""Whether that kernel multiplies integers, for the proxies."""
 
 _NOISE = 1e-6
 """How much a number of a query may differ, of the query's size: sums of a few hundred products in single precision."""
@@ -68,6 +72,8 @@ def rankings(
         hidden = hidden.astype(activation).astype(np.float64)
         queries = weights.kq_scale * weights.queries(layer, hidden, positions, rotated=context.rotated)
         attention = reference.attention(rounded(queries, context.type_k), k, 1.0, weights.soft_cap)
+        if PAIRS:
+            attention[:-1] = reference.attention(paired(queries[:-1]), paired(k), 1.0, weights.soft_cap)
         ranking = reference.rank(attention[:-1], attention[-1], n_group)
         error = comparison.relative(ranking, EPSILON)
         # Among the many queries behind a mass a few that are rounded otherwise do not count.
@@ -82,6 +88,12 @@ def rounded(queries: Array, type_k: str, *, by_graph: bool = not ON_HOST) -> Arr
         return queries
     quant = gguf.GGMLQuantizationType[kind]
     return gguf.quants.dequantize(gguf.quants.quantize(queries.astype(np.float32), quant), quant)
+
+
+def paired(x: Array) -> Array:
+    """Queries or keys as integers: rounded to a 32767th of their length."""
+    step = np.maximum(np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True), 1e-30) / 32767
+    return np.rint(x / step) * step
 
 
 def open_weights(queries: Array, k: Array, type_k: str, attention: Array, scale: float) -> Array:

@@ -12,7 +12,6 @@
 struct llama_shiftkv_cpu_job {
     int64_t  d;
     int64_t  n_kv;
-    uint32_t c0; // the first of the cells
     int64_t  n_head_kv;
     int64_t  n_gqa;
     int64_t  g0;      // the first of the groups that are voted in ...
@@ -32,11 +31,19 @@ struct llama_shiftkv_cpu_job {
 // whether there is such a kernel for these keys
 bool llama_shiftkv_cpu_supports(const ggml_tensor * k, int64_t d);
 
-// k: all cells; q: F32 [d, n_group*n_per, n_head]; order: F32 [n_kv], the index into the prompt of a cell's token; for n_thread threads,
-// of which as many compute as there is memory for. job has to live until the graph is computed.
+// keys [d, n_kv, n_head_kv] for many queries that need not be exact: where the CPU multiplies pairs of 16-bit integers, rounded to a
+// 32767th of their length, as the queries are then. no sum of products is too large, and what is lost is about what halves lose.
+// else as they are, as they also are where those of one KV head would take too much memory
+ggml_tensor * llama_shiftkv_cpu_pairs(ggml_context * ctx, ggml_tensor * k);
+
+// how many KV heads' keys to do that with at a time
+int64_t llama_shiftkv_cpu_n_head(int64_t d, int64_t n_kv, int64_t n_head_kv);
+
+// k: [d, n_kv, n_head_kv] as stored; q: F32 [d, n_group*n_per, n_head]; order: F32 [n_kv], the index into the prompt of a cell's token;
+// for n_thread threads, of which as many compute as there is memory for. job has to live until the graph is computed.
 // F32 [n_kv, n_part, n_head_kv]: the attention weights, summed over the queries of each part
 ggml_tensor * llama_shiftkv_cpu_sums(ggml_context * ctx, ggml_tensor * k, ggml_tensor * q, ggml_tensor * order, llama_shiftkv_cpu_job & job, int n_thread);
 
-// to, F32 [n_kv, n_head_kv]: base, which may be the same, and in how many groups a key belongs to the smallest set that holds the share
-// of its mass. the mass is the mean of the weights and of last, F32 [n_kv, n_head_kv], without the prompt's last token
+// k: the same, or pairs. to, F32 [n_kv, n_head_kv]: base, which may be the same, and in how many groups a key belongs to the smallest set
+// that holds the share of its mass. the mass is the mean of the weights and of last, F32 [n_kv, n_head_kv], without the prompt's last token
 ggml_tensor * llama_shiftkv_cpu_votes(ggml_context * ctx, ggml_tensor * k, ggml_tensor * q, ggml_tensor * order, ggml_tensor * last, ggml_tensor * base, ggml_tensor * to, llama_shiftkv_cpu_job & job, int n_thread);

@@ -6,6 +6,7 @@
 #include "llama-shiftkv-layers.h"
 #include "llama-shiftkv-store.h"
 
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -42,7 +43,7 @@ struct llama_shiftkv {
     // bytes that a selection from a prompt of n_prompt tokens takes beside the cache
     int64_t select_size(const llama_shiftkv_params & params, uint32_t n_prompt);
 
-    // n_proxy*n_embd standard normal numbers
+    // n_proxy*n_embd standard normal numbers, or more
     const std::vector<float> & get_noise(uint32_t seed, uint32_t n_proxy);
 
     // write or read all of a tensor, and count its bytes
@@ -82,6 +83,6 @@ private:
 
     bool pick_on_host(size_t i_layer, const llama_shiftkv_params & params, const ranking & r); // false if scores are NaN
 
-    std::vector<float> noise; // of the last selection that drew any, with its seed
+    std::shared_ptr<const std::vector<float>> noise; // of the last selection that drew any, with its seed
     uint32_t noise_seed = 0;
 };

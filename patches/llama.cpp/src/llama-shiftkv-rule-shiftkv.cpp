@@ -5,9 +5,6 @@
 
 // MM-ShiftKV (2026.findings-acl.1447)
 
-// the noise of all proxies stays on the device from one selection to the next, if it is no larger than this
-static constexpr size_t SHIFTKV_NOISE_KEPT = 16*1024*1024;
-
 // halvings of the interval that holds the least mass of a set, after which it is known to about 5 parts in a million
 static constexpr int SHIFTKV_HALVINGS = 22;
 
@@ -99,7 +96,8 @@ static void score(llama_shiftkv_scoring & s) {
             hidden = ggml_repeat_4d(s.ctx, s.hidden(last), n_embd, n, 1, 1);
         } else {
             const auto [mean, sd] = build_stats(s);
-            hidden = ggml_add(s.ctx, ggml_mul(s.ctx, build_noise(i0, n), ggml_scale(s.ctx, sd, params.gamma)), mean);
+            const auto row = [&](ggml_tensor * t) { return ggml_repeat_4d(s.ctx, t, n_embd, 1, 1, 1); }; // a single number is slow to add
+            hidden = ggml_add(s.ctx, ggml_mul(s.ctx, build_noise(i0, n), row(ggml_scale(s.ctx, sd, params.gamma))), row(mean));
         }
         const auto name = (repeat ? "at_repeated" : "at") + std::to_string(i0);
         ggml_tensor * at = s.positions(name.c_str(), { pos.begin() + i0, pos.begin() + i0 + n });

@@ -6,6 +6,9 @@
 static constexpr uint32_t SHIFTKV_PROXY_MAX = 4096;
 static constexpr uint32_t SHIFTKV_QUERY_MAX = 512;
 
+// the noise of all proxies stays, on the device too, from one selection to the next, if it is no larger than this
+static constexpr size_t SHIFTKV_NOISE_KEPT = 16*1024*1024;
+
 // how the keys of a layer are scored: higher is better
 struct llama_shiftkv_rule {
     // what the method is called, for users too

@@ -366,13 +366,12 @@ void llama_shiftkv_scoring::sum_attention(ggml_tensor * q, int64_t n_group, bool
     }, done);
 }
 
-llama_shiftkv_cpu_job & llama_shiftkv_scoring::new_job(int64_t n_q, int64_t n_group) {
+llama_shiftkv_cpu_job & llama_shiftkv_scoring::new_job(int64_t n_q, int64_t n_group, int64_t n_h) {
     auto & job = jobs.emplace_back();
 
     job.d         = l.n_embd_head;
     job.n_kv      = n_kv;
-    job.c0        = c0;
-    job.n_head_kv = l.n_head_kv;
+    job.n_head_kv = n_h;
     job.n_gqa     = n_gqa();
     job.g0        = 0;
     job.n_group   = n_group;
@@ -390,23 +389,35 @@ void llama_shiftkv_scoring::vote_on_host(ggml_tensor * q, int64_t n_group, ggml_
     // a bit for each key and group
     const int64_t n_g_max = std::clamp<int64_t>(32*SHIFTKV_CHUNK/(n_kv*l.n_head_kv), 1, n_group);
 
-    for (int64_t g0 = 0; g0 < n_group; g0 += n_g_max) {
-        compute([&]() {
-            auto & job = new_job(q->ne[1], n_group);
-            job.g0      = g0;
-            job.n_group = std::min(n_g_max, n_group - g0);
-            ggml_build_forward_expand(gf, llama_shiftkv_cpu_votes(ctx, k, q, order(), last, g0 == 0 ? last : to, to, job, capture.ctx.lctx.n_threads_batch()));
-        });
+    const int64_t n_h_max = llama_shiftkv_cpu_n_head(l.n_embd_head, n_kv, l.n_head_kv);
+
+    for (int64_t h0 = 0; h0 < l.n_head_kv; h0 += n_h_max) {
+        for (int64_t g0 = 0; g0 < n_group; g0 += n_g_max) {
+            const int64_t n_h = std::min(n_h_max, l.n_head_kv - h0);
+
+            compute([&]() {
+                const auto rows = [&](ggml_tensor * t) { return ggml_view_2d(ctx, t, n_kv, n_h, t->nb[1], h0*t->nb[1]); };
+
+                ggml_tensor * q_part = ggml_view_3d(ctx, q, q->ne[0], q->ne[1], n_gqa()*n_h, q->nb[1], q->nb[2], n_gqa()*h0*q->nb[2]);
+
+                auto & job = new_job(q->ne[1], n_group, n_h);
+                job.g0      = g0;
+                job.n_group = std::min(n_g_max, n_group - g0);
+                ggml_tensor * k = llama_shiftkv_cpu_pairs(ctx, keys(h0, n_h));
+                ggml_build_forward_expand(gf, llama_shiftkv_cpu_votes(ctx, k, q_part, order(), rows(last), rows(g0 == 0 ? last : to), rows(to), job,
+                        capture.ctx.lctx.n_threads_batch()));
+            });
+        }
     }
 }
 
 void llama_shiftkv_scoring::mean_attention(ggml_tensor * q, bool causal, ggml_tensor * to) {
     if (on_host) {
         compute([&]() {
-            auto & job = new_job(q->ne[1], 1);
+            auto & job = new_job(q->ne[1], 1, l.n_head_kv);
             job.causal = causal;
             job.n_part = std::clamp<int64_t>(job.n_lane()/32, 1, std::max<int64_t>(1, 8/l.n_head_kv)); // for few KV heads on many threads
-            ggml_tensor * sums = llama_shiftkv_sum_dim1(ctx, llama_shiftkv_cpu_sums(ctx, k, q, order(), job, capture.ctx.lctx.n_threads_batch()));
+            ggml_tensor * sums = llama_shiftkv_sum_dim1(ctx, llama_shiftkv_cpu_sums(ctx, keys(0, l.n_head_kv), q, order(), job, capture.ctx.lctx.n_threads_batch()));
             put(ggml_scale(ctx, ggml_reshape_2d(ctx, sums, n_kv, l.n_head_kv), 1.0f/(q->ne[1]*n_gqa())), to);
         });
         return;

@@ -127,7 +127,7 @@ struct llama_shiftkv_scoring {
 
     ggml_backend_buffer_type_t buft() const { return capture.cache.buft(l.ikv); }
 
-    llama_shiftkv_cpu_job & new_job(int64_t n_q, int64_t n_group);
+    llama_shiftkv_cpu_job & new_job(int64_t n_q, int64_t n_group, int64_t n_h);
 
     std::deque<llama_shiftkv_cpu_job> jobs = {}; // of the graph
 

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <random>
 
@@ -35,13 +36,32 @@ static std::vector<float> gen_noise(uint32_t seed, size_t n) {
     return res;
 }
 
+// n of them or more. the last ones are kept, for every context: most draw the same
+static std::shared_ptr<const std::vector<float>> share_noise(uint32_t seed, size_t n) {
+    static std::mutex mutex;
+    static std::shared_ptr<const std::vector<float>> last;
+    static uint32_t last_seed = 0;
+
+    const std::lock_guard<std::mutex> lock(mutex);
+
+    if (last && last_seed == seed && last->size() >= n) {
+        return last;
+    }
+    auto res = std::make_shared<const std::vector<float>>(gen_noise(seed, n));
+    if (n*sizeof(float) <= SHIFTKV_NOISE_KEPT) {
+        last      = res;
+        last_seed = seed;
+    }
+    return res;
+}
+
 const std::vector<float> & llama_shiftkv::get_noise(uint32_t seed, uint32_t n_proxy) {
     const size_t n = (size_t) capture.ctx.lctx.get_model().hparams.n_embd*n_proxy;
-    if (noise.size() != n || noise_seed != seed) {
-        noise      = gen_noise(seed, n);
+    if (!noise || noise->size() < n || noise_seed != seed) {
+        noise      = share_noise(seed, n);
         noise_seed = seed;
     }
-    return noise;
+    return *noise;
 }
 
 int32_t llama_shiftkv::select(const llama_shiftkv_params & params, const float * scores, size_t n_scores, int32_t il) {
