@@ -283,7 +283,7 @@ _CONFIGURATIONS: dict[str, Callable[[], Method]] = {
 }
 
 METHODS: dict[str, Callable[[], Method]] = {
-    "mixed": lambda: ShiftKV(n_proxy=256, observed=0.5, window=8, kernel=9),
+    "mixed": lambda: ShiftKV(n_proxy=256, observed=0.25, window=8, kernel=9),
     "paper": ShiftKV,
     **{
         name: _CONFIGURATIONS.get(name, functools.partial(Published, name))

@@ -26,7 +26,7 @@ def cut(runtime):
 
 # The native method, the queries to capture for it, and what differs from its published settings.
 NATIVE = {
-    "mixed": (shiftkv.Method.SHIFTKV, 8, {"n_proxy": 256, "observed": 0.5, "n_window": 8, "n_pool": 9}),
+    "mixed": (shiftkv.Method.SHIFTKV, 8, {"n_proxy": 256, "observed": 0.25, "n_window": 8, "n_pool": 9}),
     "paper": (shiftkv.Method.SHIFTKV, 1, {}),
     "streamingllm": (shiftkv.Method.STREAMINGLLM, 1, {}),
     "snapkv": (shiftkv.Method.SNAPKV, 32, {}),
