@@ -465,7 +465,8 @@ def report(args: argparse.Namespace) -> None:
         written += [[suite, task, *key, bytes_of.get(key, ""), m.n, m.mean, m.low, m.high] for key, m in means.items()]
         if args.plots:
             name = f"{suite}-{task.replace(' ', '-')}"
-            plot(args.plots / f"{name}.png", suite, task, means, methods, budgets)
+            if any("/" not in budget for budget in budgets):
+                plot(args.plots / f"{name}.png", suite, task, means, methods, budgets)
             if bytes_of:
                 plot_bytes(args.plots / f"{name}-bytes.png", suite, task, means, bytes_of)
     if args.csv:

@@ -154,7 +154,7 @@ def test_the_papers_settings_by_name():
 def test_the_settings_of_the_default_method():
     """They are what docs/quality.md was measured with; another window, kernel or share is another method."""
     assert DEFAULT_METHOD == "mixed"
-    mixed = {"n_proxy": 256, "observed": 0.5, "n_window": 8, "n_pool": 9}
+    mixed = {"n_proxy": 256, "observed": 0.25, "n_window": 8, "n_pool": 9}
     assert changed(method("mixed")) == ({"budget": 31, **mixed}, 8)
 
 
