@@ -27,16 +27,19 @@ from edge_shiftkv.runtime import Runtime
 from edge_shiftkv.selection.methods import DEFAULT_METHOD
 from edge_shiftkv.selection.results import Selection
 
-PEER = "snapkv"
 SESSION_BUDGET = "1/4"
 HEATMAP = Path("kept.png")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A picture, and two questions with what stands in it: (question, value)."""
+    """A picture, and two questions with what stands in it: (question, value).
+
+    peer: a method that loses the first one's value, where the default does not.
+    """
 
     picture: Path
+    peer: str
     first: tuple[str, str]
     second: tuple[str, str]
 
@@ -45,6 +48,7 @@ def document() -> Asked:
     """The shipped model's."""
     return Asked(
         models_dir() / "document.png",
+        "snapkv",
         ("What is the value of AREA?", "654.92"),
         ("What is the value of ZMBZE?", "28-103"),
     )
@@ -54,8 +58,9 @@ def receipt() -> Asked:
     """Any other language model's, which reads it with the page reader."""
     return Asked(
         page_reader_dir() / "receipt.png",
-        ("What is the total of this receipt? Answer with the value only.", "34.59"),
-        ("What is the price of Salt? Answer with the value only.", "11.84"),
+        "streamingllm",
+        ("What is the total of this receipt? Answer with the value only.", "62.25"),
+        ("What is the price of Ham? Answer with the value only.", "8.84"),
     )
 
 
@@ -85,28 +90,28 @@ def main(arguments: argparse.Namespace) -> None:
             if cut.selection is None:
                 n_prompt = cut.figures.prompt_tokens
                 raise SettingError(f"--kv-budget {budget} has room for all {n_prompt} tokens: nothing would be cut")
-            peer = runtime.generate(question, [image], kv_method=PEER, max_tokens=_LONGEST)
+            peer = runtime.generate(question, [image], kv_method=asked.peer, max_tokens=_LONGEST)
             with runtime.session(images=[image]) as session:
                 session.cut(SESSION_BUDGET)
                 again = session.ask(asked.second[0], max_tokens=_LONGEST)
                 n_held = session.selection.n_kept if session.selection else 0
 
-    titles = ("full KV cache", f"{DEFAULT_METHOD}, the default", PEER), ("", *[f"kv_budget {budget}"] * 2)
+    titles = ("full KV cache", f"{DEFAULT_METHOD}, the default", asked.peer), ("", *[f"kv_budget {budget}"] * 2)
     _print_table([*(("", *title) for title in titles), *_rows([full, cut, peer], value)])
-    print("\nThat is one picture. Averages are in docs/quality.md, speed in docs/performance.md.\n")
+    print("\nThat is one picture. Averages: docs/quality.md; speed: docs/performance.md\n")
     question, value = asked.second
     seconds, share = _seconds(again.figures), _seconds(again.figures) / _seconds(cut.figures)
     print(
-        f"session   keeps {SESSION_BUDGET} of the picture's bytes, {n_held} KV pairs, before it is asked anything\n"
+        f"session   keeps {SESSION_BUDGET} of the picture's bytes, {n_held} pairs, before it is asked anything\n"
         f"question  {question}\n"
-        f"answer    {_one_line(again.text)}, {_verdict(again, value)}: answered in {seconds:.3f} s, "
-        f"{share:.0%} of the first question's time\n"
+        f"answer    {_shortened(again.text, 60, 1)[0]}, {_verdict(again, value)}\n"
+        f"          answered in {seconds:.3f} s, {share:.0%} of the first question's time\n"
     )
     print(f"heat map  {_draw(cut.selection, image, arguments.heatmap)}")
     command = ["edge-shiftkv", "chat", "-m", _short(model), "--mmproj", _short(mmproj)]
     print(f"next      {shlex.join([*command, '--image', _short(asked.picture), '--kv-budget', '1/8'])}")
     if arguments.model is None:
-        print("          edge-shiftkv demo -m MODEL.gguf: a receipt, read by any language model of yours")
+        print("          edge-shiftkv demo -m MODEL.gguf: any language model reads a receipt")
 
 
 _LONGEST = 32  # tokens of an answer
@@ -121,7 +126,7 @@ def _ask(runtime: Runtime, question: str, image: Image.Image) -> Completion:
 def _rows(answers: list[Completion], value: str) -> list[tuple[str, ...]]:
     figures = [answer.figures for answer in answers]
     return [
-        ("answer", *(_one_line(answer.text) for answer in answers)),
+        ("answer", *(answer.text or "(nothing)" for answer in answers)),
         ("which is", *(_verdict(answer, value) for answer in answers)),
         ("KV pairs kept", *(f"{each.kept_tokens} of {each.prompt_tokens}" for each in figures)),
         ("KV cache", *(_size(each.kv_bytes_kept) for each in figures)),
@@ -136,7 +141,7 @@ def _print_table(rows: list[tuple[str, ...]]) -> None:
     """Rows of a label and columns, in which long text is wrapped and shortened to two lines."""
     width = (min(shutil.get_terminal_size().columns, 100) - LABEL_WIDTH) // 3 - 2
     for label, *texts in rows:
-        columns = [textwrap.wrap(text, max(width, 18), max_lines=2, placeholder=" ...") for text in texts]
+        columns = [_shortened(text, max(width, 18), 2) for text in texts]
         for i, cells in enumerate(zip_longest(*columns, fillvalue="")):
             line = "  ".join(f"{cell:{width}}" for cell in cells)
             print(f"{label if i == 0 else '':{LABEL_WIDTH}}{line}".rstrip())
@@ -146,8 +151,8 @@ def _verdict(answer: Completion, value: str) -> str:
     return "right" if is_right(answer.text, value) else "wrong"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split()) or "(nothing)"
+def _shortened(text: str, width: int, lines: int) -> list[str]:
+    return textwrap.wrap(text, width, max_lines=lines, placeholder=" ...") or [""]
 
 
 def _seconds(figures: Figures) -> float:
@@ -164,7 +169,7 @@ def _draw(selection: Selection, image: Image.Image, wanted: Path | None) -> str:
     """Draw what was kept, and say where. A file that nobody named is not written over, and may fail."""
     path = wanted or HEATMAP
     if wanted is None and path.exists():
-        return f"{path} is there already and was left alone; --heatmap {path} writes over it"
+        return f"{path} was there already: --heatmap {path} writes over it"
     try:
         draw_heatmap(selection, [image], path)
     except ShiftKVError as error:
