@@ -60,7 +60,7 @@ def receipt() -> Asked:
         page_reader_dir() / "receipt.png",
         "streamingllm",
         ("What is the total of this receipt? Answer with the value only.", "62.25"),
-        ("What is the price of Ham? Answer with the value only.", "8.84"),
+        ("What is the price of Lemons? Answer with the value only.", "14.89"),
     )
 
 
