@@ -17,6 +17,11 @@ def models_dir() -> Path:
     return _data("models", "models/demo")
 
 
+def page_reader_dir() -> Path:
+    """The folder with the page reader's vision tower, and a page."""
+    return _data("page-reader", "models/page-reader")
+
+
 def _data(installed: str, checkout: str) -> Path:
     """`installed` below the package's data in a wheel; an editable install or a checkout has only `checkout`."""
     shipped = _PACKAGE / "_data" / installed

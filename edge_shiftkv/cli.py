@@ -307,12 +307,18 @@ def _at_least_one(text: str) -> int:
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "read the shipped picture with the shipped model, full and cut KV cache side by side"
+    text = "ask the shipped model about a picture, with its full KV cache and with cut ones side by side"
     parser = commands.add_parser("demo", help=text, description=text)
-    parser.add_argument("--image", metavar="PICTURE", help="another picture")
-    parser.add_argument("-p", "--prompt", default="Read everything.", metavar="TEXT", help="default: %(default)s")
-    parser.add_argument("--kv-budget", type=_budget, default=96, metavar="N", help="default: %(default)s")
-    _add_heatmap(parser)
+    parser.add_argument(
+        "-m", "--model", metavar="GGUF", help="have this language model read a receipt instead, which any one can"
+    )
+    parser.add_argument("--kv-budget", type=_budget, default="1/8", metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--heatmap",
+        type=Path,
+        metavar="PNG",
+        help="where to draw what was kept (default: kept.png, if it is not there)",
+    )
     parser.set_defaults(run=_run)
 
 

@@ -44,7 +44,6 @@ import numpy.typing as npt
 from intervals import wilson
 from kv_methods import configured
 from kv_prototypes import Answered, Ranking, asked, oracle, prototype
-from page_reader import write_mmproj
 from PIL.Image import Image
 from quality_tasks import PAGE_CELLS, SUITES, Case, cases
 from tqdm import tqdm
@@ -53,6 +52,7 @@ from edge_shiftkv.engine import Captured, Engine, Prefilled
 from edge_shiftkv.native import shiftkv
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import TextChunk
+from edge_shiftkv.page_reader import write_mmproj
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
 from edge_shiftkv.selection.methods import Method

@@ -19,13 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-CELL = 14  # pixels a side of a cell
-MAX_CELLS = 32  # cells a side of a page
-CHARS = "".join(map(chr, range(32, 127)))  # the number of a character is its place here; 0 is a blank
+from edge_shiftkv.page_reader import CELL, CHARS
+
 LINE_BREAK = len(CHARS)  # the number that the last cell of a row is read as
-FOLDER = Path(__file__).resolve().parent.parent / "models" / "page-reader"
-ATLAS = FOLDER / "glyphs.png"
-VIT = FOLDER / "vit-f16.gguf"
+ATLAS = Path(__file__).resolve().parent.parent / "models" / "page-reader" / "glyphs.png"
 _TILE = 2 * CELL  # pixels a side of a glyph in the atlas
 _SHIFTS = tuple((dy, dx) for dy in (-2, -1, 0, 1, 2) for dx in (-2, -1, 0, 1, 2))
 

@@ -26,10 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from intervals import wilson
-from page_pictures import CELL, CHARS, FONTS, LINE_BREAK, MAX_CELLS, TRAINED, VIT, paint
+from page_pictures import FONTS, LINE_BREAK, TRAINED, paint
 from torch import Tensor, nn
 from torch.nn import functional
 from train_demo_vlm import EPS_V, Block, linear, write
+
+from edge_shiftkv.page_reader import CELL, CHARS, MAX_CELLS, VIT
 
 WIDTH, LAYERS, HEADS, FF = 192, 2, 4, 448
 N_UNITS = LINE_BREAK + 1

@@ -17,6 +17,12 @@ LABEL_WIDTH = 16
 
 
 def save_heatmap(selection: Selection | None, images: Sequence[Image.Image], path: Path) -> None:
+    """Draw what was kept, and say so. Raises what `draw_heatmap` does."""
+    draw_heatmap(selection, images, path)
+    print(f"heat map: {path}", file=sys.stderr)
+
+
+def draw_heatmap(selection: Selection | None, images: Sequence[Image.Image], path: Path) -> None:
     """Draw what was kept. Raises ShiftKVError where nothing was cut or the file cannot be written."""
     if selection is None:
         raise ShiftKVError("no heat map: the whole prompt is within the budget, nothing was cut")
@@ -24,7 +30,6 @@ def save_heatmap(selection: Selection | None, images: Sequence[Image.Image], pat
         heatmap(selection, images).save(path)
     except (OSError, ValueError) as error:  # PIL raises ValueError for a suffix that it does not know
         raise ShiftKVError(f"{path}: {error}") from error
-    print(f"heat map: {path}", file=sys.stderr)
 
 
 def figure_rows(figures: Figures) -> list[tuple[str, str]]:

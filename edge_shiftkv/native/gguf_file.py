@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_NAME = 64  # GGML_MAX_NAME, with the zero at the end
@@ -85,10 +87,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a GGUF file but the tensors' data and the items of lists."""
+    """All of a GGUF file but the tensors' data, which begins at byte `start`, and the items of lists."""
 
     metadata: dict[str, Value]
     tensors: dict[str, Tensor]
+    start: int
     path: Path
 
     def text(self, key: str) -> str | None:
@@ -118,6 +121,26 @@ class Header:
             file.seek(array.start)
             return tuple(value for (value,) in scalar.iter_unpack(file.read(array.n * scalar.size)))
 
+    def texts(self, array: Array) -> Iterator[str]:
+        """The items of a list of strings, read from the file."""
+        with self.path.open("rb") as file:
+            file.seek(array.start)
+            for _ in range(array.n):
+                (size,) = _U64.unpack(file.read(_U64.size))
+                yield file.read(size).decode(errors="replace")
+
+    def rows(self, name: str, numbers: Sequence[int]) -> list[bytes]:
+        """Some rows of a tensor as they are stored, read from the file."""
+        tensor = self.tensors[name]
+        size = tensor.n_bytes // tensor.n_rows
+        with self.path.open("rb") as file:
+            return [_at(file, self.start + tensor.offset + number * size, size) for number in numbers]
+
+
+def _at(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
+
 
 def read_header(path: Path) -> Header:
     """Read the header: the time goes with its length, not with the file's.
@@ -144,7 +167,7 @@ class _Reader:
         self._size = len(data)
         self._at = 4
 
-    def header(self) -> tuple[dict[str, Value], dict[str, Tensor]]:
+    def header(self) -> tuple[dict[str, Value], dict[str, Tensor], int]:
         version = self._number(_U32)
         if version not in (2, 3):
             raise GGUFError(f"GGUF version {version}: 2 and 3 are known")
@@ -174,7 +197,7 @@ class _Reader:
             if start + tensor.offset + tensor.n_bytes > self._size:
                 raise GGUFError(f"an incomplete file: it ends before the data of tensor {name!r} does")
             expected += -(-tensor.n_bytes // alignment.value) * alignment.value
-        return metadata, tensors
+        return metadata, tensors, start
 
     def _value(self, key: str) -> Value:
         kind = self._number(_U32)

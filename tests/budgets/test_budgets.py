@@ -432,7 +432,7 @@ def run(capsys: pytest.CaptureFixture[str], demo: Path, *arguments: str) -> tupl
     return status, *capsys.readouterr()
 
 
-def test_on_the_command_line(demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_command_line(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, demo, "--kv-budget", "64KiB", "--json")
     figures = json.loads(out)["figures"]
     assert (status, figures["kept_tokens"], figures["type_k"], figures["type_v"]) == (0, 157, "q8_0", "q4_0")
@@ -447,9 +447,6 @@ def test_on_the_command_line(demo: Path, capsys: pytest.CaptureFixture[str], mon
             run(capsys, demo, "--kv-budget", wrong)
         assert left.value.code == 2
         assert f"argument --kv-budget: kv_budget is '{wrong}': it has to be" in capsys.readouterr().err
-    monkeypatch.setattr("edge_shiftkv.engine.engine.usable_cpus", lambda: 1)
-    assert cli.main(["demo", "--kv-budget", "1/4"]) == 0
-    assert "kv_budget 1/4" in capsys.readouterr().out
 
 
 def test_in_batches_of_files(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,17 @@ def test_headers_of_encoders(tmp_path, projector):
     check_mmproj(path)
 
 
+@pytest.mark.parametrize("name", DEMO[:2])
+def test_rows_and_texts_are_read_from_the_file(name):
+    header, expected = read_header(models_dir() / name), gguf.GGUFReader(models_dir() / name)
+    tokens = header.array("tokenizer.ggml.tokens")
+    assert list(header.texts(tokens)) == expected.fields["tokenizer.ggml.tokens"].contents()
+    for tensor in expected.tensors:
+        data = np.asarray(tensor.data).reshape(-1, np.asarray(tensor.data).shape[-1])
+        numbers = [len(data) - 1, 0, len(data) // 2]
+        assert header.rows(tensor.name, numbers) == [data[number].tobytes() for number in numbers]
+
+
 def test_block_sizes():
     size, block = llama._lib.ggml_type_size, llama._lib.ggml_blck_size
     size.restype, block.restype = ctypes.c_size_t, ctypes.c_int64

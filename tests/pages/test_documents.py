@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_shiftkv.page_reader import CELL
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from page_documents import KINDS, TASKS, PageQuestion, make_page, page_for
-from page_pictures import CELL, numbers
+from page_pictures import numbers
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SEEDS = range(20)

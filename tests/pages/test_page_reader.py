@@ -17,13 +17,13 @@ from support import tiny_models
 from edge_shiftkv.engine import Engine
 from edge_shiftkv.errors import ModelError
 from edge_shiftkv.native.mtmd import ImageChunk
+from edge_shiftkv.page_reader import CHARS, UNITS, VIT, character_rows, positions, write_mmproj
 from edge_shiftkv.prompts.messages import Message
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from page_documents import KINDS, make_page
-from page_pictures import CHARS, LINE_BREAK, VIT, numbers, paint
-from page_reader import UNITS, character_rows, positions, write_mmproj
+from page_pictures import LINE_BREAK, numbers, paint
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 Floats = npt.NDArray[np.float32]

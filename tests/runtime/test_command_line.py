@@ -1,7 +1,6 @@
 import inspect
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -172,33 +171,6 @@ def test_run_fetches_from_public_addresses_only(run):
         status, _, err = run("--image", "http://127.0.0.1:1/a.png", *arguments)
         assert status == 1
         assert message in err
-
-
-def test_demo_shows_both_caches(tiny, tmp_path, monkeypatch, capsys):
-    for source, name in (
-        (tiny.text, "demo-text-q8_0.gguf"),
-        (tiny.mmproj, "demo-mmproj-f16.gguf"),
-        (tiny.picture, "document.png"),
-    ):
-        shutil.copy(source, tmp_path / name)
-    monkeypatch.setattr("edge_shiftkv.commands.demo.models_dir", lambda: tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    assert cli.main(["demo", "--kv-budget", "20", "--heatmap", str(tmp_path / "map.png")]) == 0
-    out = capsys.readouterr().out
-    lines = {line[:16].strip(): line[16:] for line in out.splitlines()}
-    assert str(tmp_path / "document.png") in out
-    assert "full KV cache" in out
-    assert "kv_budget 20" in out
-    assert lines["kept"].split()[0] == lines["prompt"].split()[0]
-    assert "20 per layer and KV head" in lines["kept"]
-    assert max(map(len, out.splitlines())) <= max(120, len(str(tmp_path)) + 24)
-    assert (tmp_path / "map.png").is_file()
-
-
-def test_the_shipped_model_reads_its_document(demo, capsys):
-    assert cli.main(["run", "-m", str(demo / "demo-text-q8_0.gguf"), "-p", "x", "-n", "1"]) == 0
-    assert cli.main(["demo"]) == 0
-    assert "kv_budget 96" in capsys.readouterr().out
 
 
 class AskedError(Exception):
