@@ -24,9 +24,11 @@ from edge_shiftkv.request import Options
 from edge_shiftkv.results import Completion, Figures
 from edge_shiftkv.runtime import Runtime
 
+_KINDS = {"float": pa.float64(), "str": pa.string()}
+
 _FIGURES = pa.struct(
     [
-        (field.name, pa.float64() if "float" in str(field.type) else pa.int64())
+        (field.name, next((kind for name, kind in _KINDS.items() if name in str(field.type)), pa.int64()))
         for field in dataclasses.fields(Figures)
         if field.name != "draft"
     ]

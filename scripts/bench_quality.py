@@ -464,6 +464,7 @@ def report(args: argparse.Namespace) -> None:
             print(f"| {name} | " + " | ".join(str(means.get((name, budget), "")) for budget in budgets) + " |")
         written += [[suite, task, *key, bytes_of.get(key, ""), m.n, m.mean, m.low, m.high] for key, m in means.items()]
         if args.plots:
+            args.plots.mkdir(parents=True, exist_ok=True)
             name = f"{suite}-{task.replace(' ', '-')}"
             if any("/" not in budget for budget in budgets):
                 plot(args.plots / f"{name}.png", suite, task, means, methods, budgets)
@@ -487,7 +488,6 @@ def plot(
     """Score against budget in KV pairs, one line a method, between nothing and the full cache."""
     from matplotlib.figure import Figure
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     numbers = [budget for budget in budgets if "/" not in budget]
