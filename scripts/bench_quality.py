@@ -76,6 +76,9 @@ N_PARALLEL = 8  # answers written at a time
 
 Row = dict[str, Any]
 
+Variant = tuple[str, str, int, Callable[[], object]]
+"""A method, its budget as text and in KV pairs, and what selects them."""
+
 
 @dataclass
 class Answer:
@@ -260,37 +263,33 @@ def ask(
                 cut = {"method": label, "budget": budget, "n_budget": n_budget, "bytes": n_budget * bytes_share}
                 return {**common, **cut, "select_s": seconds}
 
-            def variants() -> Iterator[tuple[str, str, int, Callable[[], object]]]:
+            def budgeted(label: str, method: Method | Prototyped) -> Iterator[Variant]:
+                for text, size in sizes:
+                    if (label, text) in todo:
+                        yield label, text, size, partial(prefilled.select, method, size)
+
+            def variants() -> Iterator[Variant]:
                 for label, chosen in methods.items():
                     if label in ("oracle", "asked"):
                         continue
-                    method: Method | Prototyped
                     if callable(chosen):
-                        method = Prototyped(chosen, Answered(large, asker.path, n_prompt, 0))
+                        yield from budgeted(label, Prototyped(chosen, Answered(large, asker.path, n_prompt, 0)))
                     else:
-                        method = chosen
-                    for text, size in sizes:
-                        if (label, text) in todo:
-                            yield label, text, size, partial(prefilled.select, method, size)
+                        yield from budgeted(label, chosen)
                 if ("full", "all") not in done:
                     yield "full", "all", n_prompt, prefilled.select_all
                 if any(label == "asked" for label, _ in todo):
                     tails = [asker.tail(case.images, text) for text in ASKED]
                     found = asked(large, tails, n_prompt, prefilled.position)
-                    method = Prototyped(lambda _, __: found, Answered(large, asker.path, n_prompt, 0))
-                    for text, size in sizes:
-                        if ("asked", text) in todo:
-                            yield "asked", text, size, partial(prefilled.select, method, size)
+                    before = Answered(large, asker.path, n_prompt, 0)
+                    yield from budgeted("asked", Prototyped(lambda _, __: found, before))
                 if not any(label == "oracle" for label, _ in todo):
                     return
                 # From here on the last queries are the answer's.
                 _, n_decoded = asker.answer(large, first, prefilled.position, case.max_tokens)
                 if not n_decoded:
                     return
-                method = Prototyped(oracle, Answered(large, asker.path, n_prompt, n_decoded))
-                for text, size in sizes:
-                    if ("oracle", text) in todo:
-                        yield "oracle", text, size, partial(prefilled.select, method, size)
+                yield from budgeted("oracle", Prototyped(oracle, Answered(large, asker.path, n_prompt, n_decoded)))
 
             n_cells = n_prompt if ("full", "all") not in done else max(size for _, size in sizes)
             n_cells += room
