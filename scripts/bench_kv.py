@@ -232,8 +232,8 @@ def synthetic_model(n_layer: int) -> Path:
 
 WAYS: dict[str, dict[str, Any]] = {
     "uncut": {},
-    "cut": {"prefill": "by-batch"},
     "cut, read by layer": {"prefill": "by-layer"},
+    "cut": {"prefill": "by-batch"},
 }
 """How a prompt is read: the settings of a runtime, which has a budget where there are any."""
 
@@ -251,6 +251,7 @@ def memory(options: argparse.Namespace) -> Iterator[Row]:
                     peak, taken = pool.submit(
                         measure_memory, path, n_prompt, options.threads, options.clock, settings
                     ).result()
+                print(f"{n_prompt} tokens, {way}: {peak / MIB:.0f} MiB, {taken:.1f} s", file=sys.stderr, flush=True)
                 peaks[way].append(peak)
                 seconds[way].append(taken)
         for way in WAYS:
