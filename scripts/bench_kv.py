@@ -2,6 +2,7 @@
 
     python scripts/bench_kv.py selection -m MODEL    # each method's share of prefill time, and what capturing costs
     python scripts/bench_kv.py decode                # decode time against prompt length: full cache and cut cache
+    python scripts/bench_kv.py types -m MODEL        # what smaller KV types cost: prefill and decode time
     python scripts/bench_kv.py memory                # the peak of a process: full cache, cut, and cut and read by layer
 
 Contexts are made, filled, cut and freed as `edge_shiftkv.Runtime` does it. What is compared is measured alternately in
@@ -19,18 +20,21 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import synthetic_gguf
 from kv_methods import configured
 from whole_files import write_whole
 
 from edge_shiftkv import Runtime
+from edge_shiftkv.budget import budget_for, read_budget
 from edge_shiftkv.build import default_cache_dir
 from edge_shiftkv.engine import Engine, Prefilled
 from edge_shiftkv.engine.prefilled import BATCH
@@ -40,6 +44,7 @@ from edge_shiftkv.selection.methods import DEFAULT_METHOD, METHODS, Method, meth
 REFERENCE_TOKENS = 256
 BLOCK = 8  # tokens decoded in a context before it is the next one's turn
 ROOM = 64  # for the answer, in a context that decodes
+NEXT = 64  # tokens after a prompt that types are compared by
 MIB = 1 << 20
 
 Row = dict[str, Any]
@@ -52,10 +57,16 @@ class Bench:
     """A model, a prompt for it of any length, and a clock that counts seconds."""
 
     def __init__(
-        self, path: Path, n_threads: int, clock: Callable[[], float] = time.perf_counter, n_gpu_layers: int = 0
+        self,
+        path: Path,
+        n_threads: int,
+        clock: Callable[[], float] = time.perf_counter,
+        n_gpu_layers: int = 0,
+        kv_types: tuple[str, str] = ("f16", "f16"),
     ) -> None:
         self.clock = clock
-        self._engine = Engine(path, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
+        type_k, type_v = kv_types
+        self._engine = Engine(path, n_gpu_layers=n_gpu_layers, n_threads=n_threads, type_k=type_k, type_v=type_v)
 
     def close(self) -> None:
         """Free the weights."""
@@ -64,6 +75,10 @@ class Bench:
     def prompt(self, n_tokens: int) -> list[int]:
         """The first tokens of a text that repeats itself."""
         return first_tokens(self._engine.model, n_tokens)
+
+    def n_pairs(self, budget: str, n_tokens: int) -> int:
+        """The KV pairs per layer and KV head that a budget means for a prompt."""
+        return budget_for(read_budget(budget), n_tokens, self._engine) or n_tokens
 
     @contextmanager
     def reading(self, n_ctx: int, n_query: int = 0) -> Iterator[Prefilled]:
@@ -219,6 +234,80 @@ def decode(options: argparse.Namespace) -> Iterator[Row]:
                 }
 
 
+def types(options: argparse.Namespace) -> Iterator[Row]:
+    """What KV types cost: prefill, decoding on whole caches and on the same bytes of each, and what is then expected.
+
+    The next `NEXT` tokens of the text are looked up on the whole caches: how often is the likeliest token the first
+    type's, and how far are the probabilities from its (Kullback-Leibler divergence).
+    """
+    chosen = method(DEFAULT_METHOD)
+    with ExitStack() as stack:
+        benches = {
+            text: stack.enter_context(
+                closing(Bench(options.model, options.threads, options.clock, options.gpu_layers, pair_types(text)))
+            )
+            for text in options.types
+        }
+        for n_prompt in sorted(options.tokens):
+            expected = {text: expectation(bench, n_prompt, chosen) for text, bench in benches.items()}
+            times: dict[str, dict[str, list[float]]] = {text: defaultdict(list) for text in benches}
+            for i in range(options.rounds):
+                for text in options.types[i % len(options.types) :] + options.types[: i % len(options.types)]:
+                    for name, value in measure_type(benches[text], n_prompt, chosen, options.share).items():
+                        times[text][name].append(value)
+            first, reference = times[options.types[0]], expected[options.types[0]]
+            for text, of in times.items():
+                apart = (np.exp(reference) * (reference - expected[text])).sum(-1)
+                same = (reference.argmax(-1) == expected[text].argmax(-1)).mean()
+                yield {
+                    "Prompt tokens": n_prompt,
+                    "Types": text,
+                    **{name: f"{np.median(values):.2f}" for name, values in of.items()},
+                    **{f"{name.partition(',')[0]} / {options.types[0]}": ratio(of[name], first[name]) for name in of},
+                    "Same token": f"{same:.1%}",
+                    "KL, nats": f"{apart.mean():.4f}",
+                    ROUNDS: of,
+                }
+
+
+def expectation(bench: Bench, n_prompt: int, chosen: Method) -> npt.NDArray[np.float32]:
+    """The logarithms of the probabilities of the tokens after a prompt, [NEXT, n_vocab], given the true ones before."""
+    tokens = bench.prompt(n_prompt + NEXT)
+    with bench.reading(n_prompt, chosen.n_query) as prefilled:
+        read(prefilled, tokens[:n_prompt])
+        prefilled.select(chosen, n_prompt)  # keeps all
+        with bench.handed_over(prefilled, n_prompt) as context:
+            rows = []
+            for i, token in enumerate(tokens[n_prompt:]):
+                context.decode([token], n_prompt + i)
+                rows.append(context.logits().astype(np.float32))
+    logits = np.stack(rows)
+    logits -= logits.max(-1, keepdims=True)
+    result: npt.NDArray[np.float32] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return result
+
+
+def measure_type(bench: Bench, n_prompt: int, chosen: Method, share: str) -> dict[str, float]:
+    """Seconds of prefill and selection, milliseconds a token on the whole cache and on a share of its bytes."""
+    tokens, result = bench.prompt(n_prompt), {}
+    with bench.reading(n_prompt, chosen.n_query) as prefilled:
+        result["Prefill, s"] = bench.seconds(read, prefilled, tokens)
+        prefilled.select(chosen, n_prompt)
+        with bench.handed_over(prefilled, n_prompt) as full:
+            n_pairs = bench.n_pairs(share, n_prompt)
+            result["Selection, s"] = bench.seconds(prefilled.select, chosen, n_pairs)
+            with bench.handed_over(prefilled, n_pairs) as cut:
+                contexts = {"Whole, ms": (full, n_prompt), f"{share} of the bytes, ms": (cut, n_prompt)}
+                result |= {name: of[0] for name, of in measure_decode(bench, contexts, tokens[0], 1).items()}
+    return result
+
+
+def pair_types(text: str) -> tuple[str, str]:
+    """The types of keys and values that ``q8_0`` or ``q8_0/q4_0`` stand for."""
+    type_k, _, type_v = text.partition("/")
+    return type_k, type_v or type_k
+
+
 def synthetic_model(n_layer: int) -> Path:
     """A model with the shape of LLaVA-7B's layers, written unless the cache has it."""
     path = default_cache_dir() / "bench" / f"llava-7b-{n_layer}-layers.gguf"
@@ -342,6 +431,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--tokens", type=int, nargs="+", default=lengths, help="of the prompts")
     command.add_argument("--layers", type=int, default=2, help="of the model with random weights (2)")
     command.add_argument("--rounds", type=int, default=15)
+    add_clock_and_device(command)
+
+    command = add(types, required=True, help="a GGUF file")
+    command.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help="of the prompts")
+    command.add_argument("--types", nargs="+", default=["f16", "q8_0", "q8_0/q4_0"], help="the first to compare with")
+    command.add_argument("--share", default="1/8", help="of the bytes in f16 that is kept (1/8)")
+    command.add_argument("--rounds", type=int, default=3)
     add_clock_and_device(command)
 
     command = add(memory, help="a GGUF file (random weights)")
