@@ -196,7 +196,7 @@ def draw_panel(axes: Axes, names: Sequence[str], scores: Scores, *, bands: bool)
         elif bands:
             axes.vlines(x, low, high, color=colour, alpha=0.4, linewidth=4)
     if not shown:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4")
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4", backgroundcolor="white")
     if scores.uncut is not None:
         axes.axhline(scores.uncut, color="black", linestyle="--", linewidth=1, label="nothing cut")
     axes.set_xscale("log", base=2)
