@@ -134,7 +134,7 @@ def _rows(answers: list[Completion], value: str) -> list[tuple[str, ...]]:
         ("keys, values in", *(f"{each.type_k}, {each.type_v}" for each in figures)),
         ("first token", *(f"{each.prefill_s:.3f} s" for each in figures)),
         ("cut", *(f"{each.selection_s:.3f} s" if each.selection_s else "" for each in figures)),
-        ("rate", *(_rate(each.tokens_per_second) for each in figures)),
+        ("decode", *(f"{each.decode_s:.3f} s, {each.generated_tokens} tokens" for each in figures)),
     ]
 
 
@@ -158,12 +158,6 @@ def _shortened(text: str, width: int, lines: int) -> list[str]:
 
 def _seconds(figures: Figures) -> float:
     return figures.prefill_s + figures.selection_s + figures.decode_s
-
-
-def _rate(per_second: float | None) -> str:
-    if per_second is None:
-        return ""
-    return f"{per_second:.{0 if per_second >= 10 else 1}f} tokens/s"
 
 
 def _size(n_bytes: int | None) -> str:

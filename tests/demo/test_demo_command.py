@@ -102,6 +102,7 @@ def test_the_cut_answer_is_the_documents(demo: Path, run: Run, n_read: list[int]
     assert cut[0] == cut[1]
     assert full / 9 < cut[0] <= full / 8 + 1
     assert said.row("keys, values in")[0] == "f16, f16"
+    assert all(re.fullmatch(r"\d+\.\d{3} s, [1-9]\d* tokens", cell) for cell in said.row("decode"))
 
     question = said.after("question")[-1]
     assert question == "What is the value of ZMBZE?"
