@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from edge_shiftkv.checks import check_number
+from edge_shiftkv.checks import check_number, unknown_option
 from edge_shiftkv.errors import PromptError, SettingError
 from edge_shiftkv.prompts.images import AllowHttp, ImageRoot, ImageSource, load_image
 from edge_shiftkv.prompts.messages import Message
@@ -129,7 +129,7 @@ def read_body(body: Mapping[str, Any], *, allow_http: AllowHttp = False, image_r
         raise SettingError(f"the body is not a JSON object but {body!r}"[:1000])
     taken = ("messages", "stream", *Body.__annotations__)
     if unknown := [name for name in body if name not in taken]:
-        raise SettingError(f"unknown option {unknown[0]!r}: there are {', '.join(taken)}"[:2000])
+        raise SettingError(unknown_option(unknown[0], taken)[:2000])
     for name, (harmless, advice) in _UNSUPPORTED.items():
         value = body.get(name)
         if value is not None and (isinstance(value, bool) or value not in harmless):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -47,3 +48,11 @@ def texts(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(value, bytes) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
         raise SettingError(f"{name} is {value!r}: it has to be text or a list of texts"[:1000])
     return tuple(value)
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """What to say of an option that there is not: the one that was likely meant, and all."""
+    known = list(known)
+    meant = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {meant[0]}? " if meant else ""
+    return f"unknown option {name!r:.200}: {hint}there are {', '.join(known)}"

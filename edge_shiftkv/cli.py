@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from edge_shiftkv import __version__
 from edge_shiftkv.budget import Budget, read_budget
@@ -26,9 +27,13 @@ _SIGPIPE_STATUS = 141  # what a shell says of other tools that end so: 128 + SIG
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="edge-shiftkv", description="KV-cache selection for llama.cpp")
+    parser = _Parser(
+        prog="edge-shiftkv",
+        description="Read pictures and long texts with llama.cpp, in a KV cache that is cut to a budget.",
+        epilog="to begin: edge-shiftkv doctor, then edge-shiftkv demo",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_build(commands)
     _add_doctor(commands)
     _add_run(commands)
@@ -37,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_serve(commands)
     _add_demo(commands)
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         with _plain_warnings():
             status: int = arguments.run(arguments)
@@ -45,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _SIGPIPE_STATUS
     return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line: the usage of these commands fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 @contextmanager
@@ -66,7 +81,7 @@ def _discard_output() -> None:
     os.close(nowhere)
 
 
-def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_build(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "build the patched llama-cpp-python and install it into this Python environment"
     parser = commands.add_parser("build", help=text, description=text)
     for name, title in (("cuda", "CUDA"), ("metal", "Metal, the default on macOS"), ("vulkan", "Vulkan")):
@@ -90,7 +105,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_build)
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "say what is installed here, what is wrong with it, and what to type against that"
     status = "exit status: 0 models can be run, 1 something keeps them from it"
     parser = commands.add_parser("doctor", help=text, description=text, epilog=status)
@@ -98,7 +113,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=_doctor)
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "answer a prompt, with pictures, from a KV cache cut to a budget"
     parser = commands.add_parser("run", help=text, description=text)
     _add_model(parser)
@@ -114,7 +129,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(run=_run)
 
 
-def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_chat(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "talk with a model, about pictures, too; /help there lists what can be done"
     parser = commands.add_parser("chat", help=text, description=text)
     _add_model(parser)
@@ -128,8 +143,8 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=_run)
 
 
-def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "answer OpenAI clients over HTTP, one request at a time"
+def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "answer OpenAI clients over HTTP, one request at a time, with a page to try it in a browser"
     parser = commands.add_parser("serve", help=text, description=text)
     _add_model(parser)
     _add_prefill(parser)
@@ -258,7 +273,7 @@ def _budget(text: str) -> Budget:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _add_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = (
         "answer a file of requests, or a prompt about each of many pictures, into a file that a later run goes on with"
     )
@@ -291,7 +306,9 @@ def _add_batch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument("--retry-errors", action="store_true", help="do the rows again that are errors")
     group.add_argument("--restart", action="store_true", help="throw away the answers that are there")
     group.add_argument("--csv", type=Path, metavar="FILE", help="write a table besides; with a schema, by its fields")
-    group.add_argument("--heatmaps", type=Path, metavar="DIR", help="draw what was kept of each row's pictures")
+    group.add_argument(
+        "--heatmaps", type=Path, metavar="DIR", help="draw a heat map of what was kept of each row's pictures"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -306,18 +323,23 @@ def _at_least_one(text: str) -> int:
     return value
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "ask the shipped model about a picture, with its full KV cache and with cut ones side by side"
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = (
+        "ask the shipped model about a picture, with its full KV cache and with cut ones side by side; draw a heat map"
+    )
     parser = commands.add_parser("demo", help=text, description=text)
     parser.add_argument(
-        "-m", "--model", metavar="GGUF", help="have this language model read a receipt instead, which any one can"
+        "-m",
+        "--model",
+        metavar="GGUF",
+        help="have this language model read a receipt instead, which any one can, also one without an mmproj",
     )
     parser.add_argument("--kv-budget", type=_budget, default="1/8", metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--heatmap",
         type=Path,
         metavar="PNG",
-        help="where to draw what was kept (default: kept.png, if it is not there)",
+        help="where to draw what was kept (default: the first of kept.png, kept-2.png, ... that is not there)",
     )
     parser.set_defaults(run=_run)
 
@@ -338,7 +360,7 @@ def _add_heatmap(parser: argparse.ArgumentParser) -> None:
         "--heatmap",
         type=Path,
         metavar="PNG",
-        help="draw the pictures, shaded by how many (layer, KV head) pairs kept a patch",
+        help="draw the pictures as a heat map of what the budget kept of them: --kv-budget goes with it",
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ForwardRef, TypedDict, TypeVar, get_type_hints
 
 from edge_shiftkv.budget import Budget, check_budget
-from edge_shiftkv.checks import check_number, texts
+from edge_shiftkv.checks import check_number, texts, unknown_option
 from edge_shiftkv.engine.prefilled import ScoringMethod
 from edge_shiftkv.errors import SettingError
 from edge_shiftkv.sampling import Sampling
@@ -149,7 +149,7 @@ class Request:
         if time_limit is not None:
             check_number("time_limit", time_limit, 0, above=True, note="seconds; None sets no limit")
         if unknown := sampling.keys() - Options.__annotations__:
-            raise TypeError(f"unknown option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
+            raise TypeError(unknown_option(min(unknown), Options.__annotations__))
         given = {name: value for name, value in sampling.items() if value is not None}
         for name, stands_for in (("top_k", 0), ("seed", None)):
             if given.get(name) == -1:

@@ -119,10 +119,13 @@ def _pictures(source: str, recursive: bool) -> list[str]:
         found = [str(entry) for entry in inside if entry.suffix.lower() in SUFFIXES and entry.is_file()]
     elif path.exists():
         found = [source]
+    elif not glob.has_magic(source):
+        raise PromptError(f"{source}: No such file or directory")
     else:
         found = [name for name in glob.glob(source, recursive=True) if Path(name).is_file()]  # noqa: PTH207
     if not found:
-        raise PromptError(f"{source}: no picture there{'' if recursive else '; --recursive looks into folders below'}")
+        hint = "; --recursive looks into folders below" if path.is_dir() and not recursive else ""
+        raise PromptError(f"{source}: no picture there{hint}")
     return found
 
 

@@ -72,6 +72,8 @@ def _rows(arguments: argparse.Namespace) -> JsonRows | PictureRows:
     if arguments.images:
         if arguments.prompt is None:
             raise SettingError("--images needs a prompt: pass -p")
+        if arguments.heatmaps and arguments.kv_budget is None:
+            raise SettingError("heat maps show what a budget kept: pass --kv-budget, too, such as --kv-budget 1/8")
         return PictureRows(arguments.images, arguments.prompt, recursive=arguments.recursive)
     if arguments.prompt is not None or arguments.recursive:
         raise SettingError("-p and --recursive go with --images: a file's requests have their own prompts")

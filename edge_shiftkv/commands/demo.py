@@ -10,7 +10,7 @@ import shutil
 import textwrap
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +18,7 @@ from PIL import Image
 from edge_shiftkv._paths import models_dir, page_reader_dir
 from edge_shiftkv.budget import Budget
 from edge_shiftkv.chat.progress import ProgressBar
-from edge_shiftkv.commands.figures import LABEL_WIDTH, draw_heatmap
+from edge_shiftkv.commands.figures import LABEL_WIDTH, check_heatmap, draw_heatmap
 from edge_shiftkv.errors import SettingError, ShiftKVError
 from edge_shiftkv.page_reader import fitted
 from edge_shiftkv.prompts.images import load_image
@@ -28,7 +28,6 @@ from edge_shiftkv.selection.methods import DEFAULT_METHOD
 from edge_shiftkv.selection.results import Selection
 
 SESSION_BUDGET = "1/4"
-HEATMAP = Path("kept.png")
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ def main(arguments: argparse.Namespace) -> None:
         asked, model = receipt(), Path(arguments.model)
         mmproj = fitted(model)
     budget: Budget = arguments.kv_budget
+    if arguments.heatmap:
+        check_heatmap(arguments.heatmap, budget)
     image = load_image(asked.picture)
     question, value = asked.first
     print(f"model     {model.name}\npicture   {_short(asked.picture)}\nquestion  {question}\n", flush=True)
@@ -133,7 +134,7 @@ def _rows(answers: list[Completion], value: str) -> list[tuple[str, ...]]:
         ("keys, values in", *(f"{each.type_k}, {each.type_v}" for each in figures)),
         ("first token", *(f"{each.prefill_s:.3f} s" for each in figures)),
         ("cut", *(f"{each.selection_s:.3f} s" if each.selection_s else "" for each in figures)),
-        ("rate", *(f"{each.tokens_per_second:.0f} tokens/s" if each.tokens_per_second else "" for each in figures)),
+        ("decode", *(f"{each.decode_s:.3f} s, {each.generated_tokens} tokens" for each in figures)),
     ]
 
 
@@ -166,10 +167,8 @@ def _size(n_bytes: int | None) -> str:
 
 
 def _draw(selection: Selection, image: Image.Image, wanted: Path | None) -> str:
-    """Draw what was kept, and say where. A file that nobody named is not written over, and may fail."""
-    path = wanted or HEATMAP
-    if wanted is None and path.exists():
-        return f"{path} was there already: --heatmap {path} writes over it"
+    """Draw what was kept, and say where. A file that nobody named is a new one, and may fail."""
+    path = wanted or _new_file("kept", ".png")
     try:
         draw_heatmap(selection, [image], path)
     except ShiftKVError as error:
@@ -177,6 +176,11 @@ def _draw(selection: Selection, image: Image.Image, wanted: Path | None) -> str:
             raise
         return f"not written: {error}"
     return f"{path} shows what {DEFAULT_METHOD} kept of the picture"
+
+
+def _new_file(stem: str, suffix: str) -> Path:
+    names = (f"{stem}{f'-{i}' if i > 1 else ''}{suffix}" for i in count(1))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def _short(path: Path) -> str:

@@ -8,12 +8,23 @@ from pathlib import Path
 
 from PIL import Image
 
-from edge_shiftkv.errors import ShiftKVError
+from edge_shiftkv.budget import Budget
+from edge_shiftkv.errors import SettingError, ShiftKVError
 from edge_shiftkv.results import DraftFigures, Figures
 from edge_shiftkv.selection.heatmap import heatmap
 from edge_shiftkv.selection.results import Selection
 
 LABEL_WIDTH = 16
+
+
+def check_heatmap(path: Path, budget: Budget) -> None:
+    """Raise SettingError where an answer would be waited for in vain, as no heat map of it could be written."""
+    if budget is None:
+        raise SettingError("a heat map shows what a budget kept: pass --kv-budget, too, such as --kv-budget 1/8")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise SettingError(f"{path}: a heat map is a picture: give it a name that ends in .png")
+    if not path.parent.is_dir():
+        raise SettingError(f"{path}: there is no folder {path.parent}")
 
 
 def save_heatmap(selection: Selection | None, images: Sequence[Image.Image], path: Path) -> None:
@@ -29,7 +40,8 @@ def draw_heatmap(selection: Selection | None, images: Sequence[Image.Image], pat
     try:
         heatmap(selection, images).save(path)
     except (OSError, ValueError) as error:  # PIL raises ValueError for a suffix that it does not know
-        raise ShiftKVError(f"{path}: {error}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ShiftKVError(f"{path}: {reason}") from error
 
 
 def figure_rows(figures: Figures) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from edge_shiftkv import chat_schema
+from edge_shiftkv.checks import unknown_option
 from edge_shiftkv.errors import ImageError, PromptError, SettingError
 from edge_shiftkv.prompts.images import MAX_PIXELS, load_image
 from edge_shiftkv.runtime import Runtime
@@ -44,7 +45,7 @@ class Sessions:
         Raises what `Runtime.session` does, and SettingError for what there is not.
         """
         if unknown := [name for name in body if name not in _OPTIONS]:
-            raise SettingError(f"unknown option {unknown[0]!r}: there are {', '.join(_OPTIONS)}"[:1000])
+            raise SettingError(unknown_option(unknown[0], _OPTIONS)[:1000])
         started = time.perf_counter()
         text, system = (_text(name, body.get(name)) for name in ("text", "system"))
         images = _pictures(body.get("images"))

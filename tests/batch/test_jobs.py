@@ -20,7 +20,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from edge_shiftkv import Runtime, SettingError, ShiftKVError
+from edge_shiftkv import Runtime, SettingError, ShiftKVError, cli
 from edge_shiftkv.batch import worker
 from edge_shiftkv.batch.out_file import OutFile
 from edge_shiftkv.batch.parallel import choose_parallel
@@ -332,7 +332,9 @@ def test_files_that_are_no_batches_are_refused(batch, tmp_path, capsys, line, me
         ([], "pass a file of requests, or --images"),
         (["in.jsonl", "--images", "a.png"], "pass a file of requests, or --images"),
         (["--images", "a.png"], "--images needs a prompt"),
-        (["--images", "none*.png", "-p", "x"], "none*.png: no picture there"),
+        (["--images", "none*.png", "-p", "x"], "none*.png: no picture there\n"),
+        (["--images", "none", "-p", "x"], "none: No such file or directory"),
+        (["--images", ".", "-p", "x"], ".: no picture there; --recursive looks into folders below"),
         (["in.jsonl", "-p", "x"], "-p and --recursive go with --images"),
         (["none.jsonl"], "none.jsonl: No such file"),
         (["none.jsonl", "--top-p", "7"], "top_p is 7"),
@@ -346,6 +348,13 @@ def test_mistakes_are_one_line(batch, tmp_path, capsys, arguments, message):
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_heat_maps_of_pictures_need_a_budget(demo, tmp_path, capsys):
+    command = ["batch", "-m", "a.gguf", "--images", demo / "document.png", "-p", "x", "--heatmaps", tmp_path / "maps"]
+    assert cli.main([*map(str, command), "-o", str(tmp_path / "out.jsonl")]) == 1
+    assert "pass --kv-budget, too" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_only_the_model_knows_is_said_too(batch, tmp_path, requests, tiny, capsys):

@@ -102,6 +102,7 @@ def test_the_cut_answer_is_the_documents(demo: Path, run: Run, n_read: list[int]
     assert cut[0] == cut[1]
     assert full / 9 < cut[0] <= full / 8 + 1
     assert said.row("keys, values in")[0] == "f16, f16"
+    assert all(re.fullmatch(r"\d+\.\d{3} s, [1-9]\d* tokens", cell) for cell in said.row("decode"))
 
     question = said.after("question")[-1]
     assert question == "What is the value of ZMBZE?"
@@ -124,7 +125,9 @@ def test_a_second_run_leaves_the_heat_map_alone(tiny_demo: None, run: Run, tmp_p
     said = run()
     assert (said.status, said.err) == (0, "")
     assert Path("kept.png").read_text() == "somebody's"
-    assert "was there already: --heatmap kept.png writes over it" in said.after("heat map")[0]
+    assert said.after("heat map")[0].startswith("kept-2.png ")
+    assert pixels(Path("kept-2.png")).std() > 1
+    assert run().after("heat map")[0].startswith("kept-3.png ")
     assert run("--heatmap", "kept.png").status == 0
     assert pixels(Path("kept.png")).std() > 1
     Path("kept.png").unlink()

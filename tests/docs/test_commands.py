@@ -28,6 +28,7 @@ OTHERS = {
     ".",
     "cat",
     "cd",
+    "cp",
     "curl",
     "docker",
     "find",

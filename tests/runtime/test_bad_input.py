@@ -171,6 +171,8 @@ def test_options_out_of_range(runtime, options, message):
 def test_an_option_that_there_is_not(runtime):
     with pytest.raises(TypeError, match="unknown option 'mirostat': there are max_tokens, temperature"):
         runtime.generate("x", mirostat=2)
+    with pytest.raises(TypeError, match=r"unknown option 'max_token': did you mean max_tokens[?] there are max_tokens"):
+        runtime.generate("?", max_token=3)
     with pytest.raises(SettingError, match="unknown option 'mirostat': there are messages, stream, max_tokens"):
         runtime.create_chat_completion([{"role": "user", "content": "x"}], mirostat=2)
 

@@ -112,8 +112,10 @@ def test_run_draws_a_heat_map(run, tmp_path):
         (["--grammar-file", "none.gbnf"], "none.gbnf: No such file"),
         (["--json-schema", "."], ".: Is a directory"),
         (["--n-ctx", "20"], "n_ctx is 20"),
-        (["--heatmap", "map.png"], "no heat map: the whole prompt is within the budget"),
-        (["--kv-budget", "24", "--heatmap", "map.nothing"], "map.nothing: unknown file extension"),
+        (["--kv-budget", "900", "--heatmap", "map.png"], "no heat map: the whole prompt is within the budget"),
+        (["--heatmap", "map.png"], "pass --kv-budget, too"),
+        (["--kv-budget", "24", "--heatmap", "map.nothing"], "map.nothing: a heat map is a picture"),
+        (["--kv-budget", "24", "--heatmap", "none/map.png"], "none/map.png: there is no folder none"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):
@@ -122,6 +124,43 @@ def test_errors_are_one_line(run, arguments, message):
     assert err.startswith("edge-shiftkv run: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["map.nothing", "none/map.png"])
+def test_a_heat_map_that_cannot_be_written_is_refused_before_the_answer(run, path):
+    assert run("--kv-budget", "24", "--heatmap", path)[:2] == (1, "")
+    assert run("--heatmap", "map.png")[:2] == (1, "")
+
+
+def test_a_heat_map_needs_a_picture(tiny, capsys):
+    command = ["run", "-m", str(tiny.text), "-p", PROMPT, "--kv-budget", "24", "--heatmap", "map.png"]
+    assert cli.main(command) == 1
+    assert capsys.readouterr() == ("", "edge-shiftkv run: a heat map is drawn over a picture: pass --image, too\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rnu"], "edge-shiftkv: argument COMMAND: invalid choice: 'rnu'"),
+        (["run", "-m", "a.gguf"], "edge-shiftkv run: the following arguments are required: -p/--prompt; see"),
+        (["run", "-m", "a.gguf", "-p", "x", "--kv-budget", "much"], "kv_budget is 'much': it has to be"),
+        (["run", "-m", "a.gguf", "-p", "x", "--top-q", "3"], "edge-shiftkv: unrecognized arguments: --top-q 3"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    assert err.rstrip().endswith("--help")
+
+
+def test_without_a_command_all_are_listed(capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(f"    {name} " in err for name in ("build", "doctor", "run", "batch", "chat", "serve", "demo"))
 
 
 def test_the_help_lists_the_librarys_methods(capsys):
