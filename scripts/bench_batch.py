@@ -5,7 +5,7 @@
     python scripts/bench_batch.py -m MODEL --prompt-tokens 2900 --memory         # what the sequences' KV caches take
 
 The same requests are answered by `Runtime.generate`, one by one with the full cache, and by `Runtime.generate_many`
-with so many slots, uncut and cut to the budget; with --stock LIBRARY (see bench_pass.py) also by llama-cpp-python's own
+with so many slots, uncut and cut to the budget; with --stock FOLDER (see bench_pass.py) also by llama-cpp-python's own
 `Llama` on the stock library, in a process of its own. A request is a page of its own and a question; answers have
 --tokens tokens, however they go. All that is compared is measured in one run, a round after the other, in an order that
 turns: ratios are medians of the rounds' ratios with their quartiles. Each measurement is a line of --out.
@@ -17,18 +17,29 @@ import argparse
 import base64
 import io
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_kv import MIB, markdown, ratio, resident
+from harness import (
+    MIB,
+    JsonLines,
+    Process,
+    Row,
+    add_model,
+    add_options,
+    first_text,
+    markdown,
+    ratio,
+    resident,
+    stock_library,
+    turned,
+)
 from PIL import Image
 
 from edge_shiftkv import Runtime, load_image
@@ -44,13 +55,8 @@ Request = Mapping[str, Any]
 def pages(options: argparse.Namespace, runtime: Runtime) -> list[Request]:
     """The requests, each about a page that no other has."""
     if not options.images:
-        source = "\n".join(Path(module).read_text() for module in (argparse.__file__, tempfile.__file__))
-        model = runtime.engine.model
-        tokens = model.tokenize(source)
-        n = options.prompt_tokens
-        texts = [[tokens[(101 * i + j) % len(tokens)] for j in range(n)] for i in range(options.requests)]
-        pieces = [b"".join(map(model.piece, text)).decode(errors="ignore") for text in texts]
-        return [{"prompt": f"{piece}\n{QUESTION}"} for piece in pieces]
+        model, n = runtime.engine.model, options.prompt_tokens
+        return [{"prompt": f"{first_text(model, n, 101 * i)}\n{QUESTION}"} for i in range(options.requests)]
     pictures = [load_image(path) for path in options.images]
     return [
         {"prompt": QUESTION, "images": [_marked(pictures[i % len(pictures)], i // len(pictures))]}
@@ -96,41 +102,32 @@ def ways(options: argparse.Namespace, runtime: Runtime, requests: Sequence[Reque
     return found
 
 
-class Stock:
+class Stock(Process):
     """A process that answers with the stock library."""
 
     def __init__(self, options: argparse.Namespace, runtime: Runtime, requests: Sequence[Request]) -> None:
-        environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(options.stock.absolute())}
-        command = [sys.executable, str(Path(__file__).with_name("stock_answers.py"))]
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        super().__init__(
+            [sys.executable, str(Path(__file__).with_name("stock_answers.py"))], stock_library(options.stock)
         )
         model = runtime.engine.model
         n_prompt = runtime.generate(**requests[0], max_tokens=1).figures.prompt_tokens
-        self._ask(
-            {
-                "model": str(options.model),
-                "mmproj": options.mmproj and str(options.mmproj),
-                "n_ctx": n_prompt + options.tokens + 512,
-                "threads": options.threads,
-                "tokens": options.tokens,
-                "logit_bias": {str(i): -1e9 for i in range(model.n_vocab) if model.ends_generation(i)},
-            }
-        )
+        settings = {
+            "model": str(options.model),
+            "mmproj": options.mmproj and str(options.mmproj),
+            "n_ctx": n_prompt + options.tokens + 512,
+            "threads": options.threads,
+            "tokens": options.tokens,
+            "logit_bias": {str(i): -1e9 for i in range(model.n_vocab) if model.ends_generation(i)},
+        }
+        self.ask(json.dumps(settings))
         self._requests = [self._content(request) for request in requests]
 
-    def __enter__(self) -> Stock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
     def __call__(self) -> int:
-        return int(self._ask(self._requests))
+        return int(self.ask(json.dumps(self._requests)))
 
     def warm_up(self) -> None:
         """Answer one request."""
-        self._ask(self._requests[:1])
+        self.ask(json.dumps(self._requests[:1]))
 
     @staticmethod
     def _content(request: Request) -> list[dict[str, Any]]:
@@ -142,19 +139,11 @@ class Stock:
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         return content
 
-    def _ask(self, value: object) -> str:
-        assert self._process.stdin
-        assert self._process.stdout
-        print(json.dumps(value), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the stock library's process ended with status {self._process.wait()}")
-        return line
 
-
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> list[Row]:
     """The table."""
-    seconds: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = defaultdict(list)
+    written = JsonLines(options.out) if options.out else None
     with (
         Runtime(options.model, options.mmproj, n_threads=options.threads, image_cache=0) as runtime,
         ExitStack() as processes,
@@ -167,34 +156,26 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             found = {STOCK: stock, **found}
         runtime.generate(**requests[0], max_tokens=1)  # to warm up
         for i in range(options.rounds):
-            names = list(found)
-            for name in (*names[i % len(names) :], *names[: i % len(names)]):
+            for name in turned(found, i):
                 started = time.perf_counter()
                 n_tokens = found[name]()
-                seconds.setdefault(name, []).append(time.perf_counter() - started)
-                if options.out:
-                    line = {
-                        "way": name,
-                        "round": i,
-                        "requests": len(requests),
-                        "tokens": n_tokens,
-                        "seconds": seconds[name][-1],
-                    }
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                times[name].append(time.perf_counter() - started)
+                if written:
+                    line = {"way": name, "round": i, "requests": len(requests), "tokens": n_tokens}
+                    written.add({**line, "seconds": times[name][-1]})
     rows = []
     for name in found:
-        row = {"Way": name, "Requests an hour": f"{3600 * len(requests) / float(np.median(seconds[name])):.0f}"}
+        row = {"Way": name, "Requests an hour": f"{3600 * len(requests) / float(np.median(times[name])):.0f}"}
         if options.stock:
-            row["Over stock"] = ratio(seconds[STOCK], seconds[name])
-        row["Over one by one"] = ratio(seconds[ONE_BY_ONE], seconds[name])
+            row["Over stock"] = ratio(times[STOCK], times[name])
+        row["Over one by one"] = ratio(times[ONE_BY_ONE], times[name])
         uncut = f"{name.partition(',')[0]}, uncut"
-        row["Over uncut slots"] = ratio(seconds[uncut], seconds[name]) if uncut in seconds else ""
+        row["Over uncut slots"] = ratio(times[uncut], times[name]) if uncut in times else ""
         rows.append(row)
     return rows
 
 
-def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+def memory(options: argparse.Namespace) -> list[Row]:
     """What the context takes that all answers are written in, uncut and cut to 1/8 and to the budget."""
     rows = []
     with Runtime(options.model, options.mmproj, n_threads=options.threads) as runtime:
@@ -214,17 +195,13 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print what came out."""
     parser = argparse.ArgumentParser(description="Measure what answering many requests at once saves.")
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="GGUF")
-    parser.add_argument("--mmproj", type=Path, metavar="GGUF")
+    add_model(parser)
+    add_options(parser, "--mmproj", "--budget", "--threads", "--rounds", "--stock", budget=128)
     parser.add_argument("--images", type=Path, nargs="+", metavar="PAGE", help="pictures, used by turns")
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="of a page of text, without pictures (1024)")
     parser.add_argument("--requests", type=int, default=16, help="how many there are (16)")
     parser.add_argument("--slots", type=int, nargs="+", default=[8], help="answers written at a time (8)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (64)")
-    parser.add_argument("--budget", type=int, default=128, help="KV pairs kept (128)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stock", type=Path, metavar="LIBRARY", help="folder of the stock library")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, one a measurement")
     parser.add_argument("--memory", action="store_true", help="measure what the slots' KV caches take")
     options = parser.parse_args(arguments)

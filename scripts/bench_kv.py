@@ -15,9 +15,7 @@ kept in the build's cache directory. On a machine that is not idle, --cpu-time m
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
 import sys
 import time
 from collections import defaultdict
@@ -29,28 +27,35 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import synthetic_gguf
-from kv_methods import configured
-from whole_files import write_whole
+from harness import (
+    MIB,
+    ROUNDS,
+    Row,
+    add_options,
+    clock_name,
+    first_text,
+    first_tokens,
+    markdown,
+    parsed,
+    ratio,
+    resident,
+    synthetic_model,
+    turned,
+    write_json,
+)
+from kv_methods import configured, kv_types
 
 from edge_shiftkv import Runtime
 from edge_shiftkv.budget import budget_for, read_budget
-from edge_shiftkv.build import default_cache_dir
 from edge_shiftkv.engine import Engine, Prefilled
 from edge_shiftkv.engine.prefilled import BATCH
-from edge_shiftkv.native.llama import Context, Model
+from edge_shiftkv.native.llama import Context
 from edge_shiftkv.selection.methods import DEFAULT_METHOD, METHODS, Method, method
 
 REFERENCE_TOKENS = 256
 BLOCK = 8  # tokens decoded in a context before it is the next one's turn
 ROOM = 64  # for the answer, in a context that decodes
 NEXT = 64  # tokens after a prompt that types are compared by
-MIB = 1 << 20
-
-Row = dict[str, Any]
-"""A table's row by heading; `ROUNDS`, which is not printed, has the single measurements."""
-
-ROUNDS = "rounds"
 
 
 class Bench:
@@ -100,13 +105,6 @@ class Bench:
         return self.clock() - started
 
 
-def first_tokens(model: Model, n_tokens: int) -> list[int]:
-    """The first tokens of Python source, which repeats itself."""
-    source = "\n".join(Path(module).read_text() for module in (argparse.__file__, multiprocessing.__file__))
-    tokens = model.tokenize(source)
-    return [tokens[i % len(tokens)] for i in range(n_tokens)]
-
-
 def read(prefilled: Prefilled, tokens: Sequence[int]) -> None:
     """Read tokens, and wait for their logits."""
     prefilled.read_tokens(tokens)
@@ -137,8 +135,7 @@ def measure_selection(
                     hand_over[name].append(bench.clock() - started)
 
     for i in range(rounds):
-        order = (without_capture, with_capture)
-        for step in order if i % 2 == 0 else order[::-1]:
+        for step in turned((without_capture, with_capture), i):
             step()
     return plain, captured, select, hand_over
 
@@ -162,7 +159,7 @@ def selection(options: argparse.Namespace) -> Iterator[Row]:
                     "Prefill with / without capture": capture,
                     "Selection, s": f"{np.median(select[name]):.3f}",
                     "Hand-over, s": f"{np.median(hand_over[name]):.3f}",
-                    "Both / prefill": ratio(both, plain, percent=True),
+                    "Both / prefill": ratio(both, plain, ".1%"),
                     ROUNDS: {
                         "prefill": plain,
                         "prefill with capture": captured,
@@ -186,10 +183,9 @@ def measure_decode(
 
     contexts: name -> a context, and the position that decoding goes on at in it.
     """
-    names = list(contexts)
-    result: dict[str, list[float]] = {name: [] for name in names}
+    result: dict[str, list[float]] = {name: [] for name in contexts}
     for i in range(-1, rounds):  # the first one to warm up
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in turned(contexts, i):
             context, position = contexts[name]
             milliseconds = 1e3 * bench.seconds(decode_block, context, position, token, BLOCK) / BLOCK
             context.remove(position)
@@ -244,7 +240,7 @@ def types(options: argparse.Namespace) -> Iterator[Row]:
     with ExitStack() as stack:
         benches = {
             text: stack.enter_context(
-                closing(Bench(options.model, options.threads, options.clock, options.gpu_layers, pair_types(text)))
+                closing(Bench(options.model, options.threads, options.clock, options.gpu_layers, kv_types(text)))
             )
             for text in options.types
         }
@@ -252,7 +248,7 @@ def types(options: argparse.Namespace) -> Iterator[Row]:
             expected = {text: expectation(bench, n_prompt, chosen) for text, bench in benches.items()}
             times: dict[str, dict[str, list[float]]] = {text: defaultdict(list) for text in benches}
             for i in range(options.rounds):
-                for text in options.types[i % len(options.types) :] + options.types[: i % len(options.types)]:
+                for text in turned(options.types, i):
                     for name, value in measure_type(benches[text], n_prompt, chosen, options.share).items():
                         times[text][name].append(value)
             first, reference = times[options.types[0]], expected[options.types[0]]
@@ -302,23 +298,6 @@ def measure_type(bench: Bench, n_prompt: int, chosen: Method, share: str) -> dic
     return result
 
 
-def pair_types(text: str) -> tuple[str, str]:
-    """The types of keys and values that ``q8_0`` or ``q8_0/q4_0`` stand for."""
-    type_k, _, type_v = text.partition("/")
-    return type_k, type_v or type_k
-
-
-def synthetic_model(n_layer: int) -> Path:
-    """A model with the shape of LLaVA-7B's layers, written unless the cache has it."""
-    path = default_cache_dir() / "bench" / f"llava-7b-{n_layer}-layers.gguf"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        synthetic_gguf.write_llava_7b(part, n_layer)
-        part.replace(path)
-    return path
-
-
 WAYS: dict[str, dict[str, Any]] = {
     "uncut": {},
     "cut, read by layer": {"prefill": "by-layer"},
@@ -334,7 +313,7 @@ def memory(options: argparse.Namespace) -> Iterator[Row]:
         peaks: dict[str, list[float]] = {way: [] for way in WAYS}
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for i in range(options.rounds):
-            for way in list(WAYS)[:: 1 if i % 2 == 0 else -1]:
+            for way in turned(WAYS, i):
                 settings = {**WAYS[way], "kv_budget": options.budget} if WAYS[way] else {}
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                     peak, taken = pool.submit(
@@ -361,8 +340,7 @@ def measure_memory(
     """Return the peak in bytes, and the seconds to the first token; to be run in a process of its own."""
     n_ctx = n_prompt + 2 * ROOM  # a text that is tokenized again may have some tokens more
     with Runtime(path, n_gpu_layers=0, n_threads=n_threads, n_ctx=n_ctx, **settings) as runtime:
-        model = runtime.engine.model
-        text = b"".join(model.piece(token) for token in first_tokens(model, n_prompt)).decode(errors="ignore")
+        text = first_text(runtime.engine.model, n_prompt)
         started = clock()
         with closing(runtime.stream(text, raw=True, max_tokens=ROOM // 4)) as stream:
             next(stream)
@@ -372,83 +350,38 @@ def measure_memory(
     return resident("VmHWM"), seconds
 
 
-def resident(what: str) -> int:
-    """Bytes of this process in memory: RssAnon those that are no mapped files', VmHWM the peak of all."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise SystemExit("this needs Linux, whose /proc tells resident memory")
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return 1024 * int(fields[what].split()[0])
-
-
-def ratio(over: Sequence[float], under: Sequence[float], *, percent: bool = False) -> str:
-    """The median and the quartiles of the rounds' ratios."""
-    low, middle, high = np.quantile(np.divide(over, under), (0.25, 0.5, 0.75))
-    if percent:
-        return f"{middle:.1%} ({low:.1%} to {high:.1%})"
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table."""
-    headings = [heading for heading in rows[0] if heading != ROUNDS]
-    lines = [headings, ["---"] * len(headings), *([str(row[heading]) for heading in headings] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--budget", type=int, default=256, help="KV pairs kept per layer and KV head (256)")
-    common.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
-    common.add_argument("--json", type=Path, metavar="FILE", help="write each row with all single measurements there")
     parser = argparse.ArgumentParser(description="Measure what cutting the KV cache costs and saves.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(function: Callable[[argparse.Namespace], Iterator[Row]], **extra: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(function.__name__, parents=[common], help=function.__doc__)
-        command.add_argument("-m", "--model", type=Path, **extra)
+    def add(
+        function: Callable[[argparse.Namespace], Iterator[Row]], tokens: Sequence[int], rounds: int, **model: Any
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.add_argument("-m", "--model", type=Path, metavar="GGUF", **model)
+        command.add_argument("--tokens", type=int, nargs="+", default=tokens, help="of the prompts")
+        add_options(command, "--budget", "--threads", "--cpu-time", "--rounds", "--json", rounds=rounds)
         command.set_defaults(function=function)
         return command
 
-    def add_clock(command: argparse.ArgumentParser) -> None:
-        text = "measure CPU time of one thread, not wall time"
-        command.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time, help=text)
-        command.set_defaults(clock=time.perf_counter)
-
-    def add_clock_and_device(command: argparse.ArgumentParser) -> None:
-        add_clock(command)
-        command.add_argument("--gpu-layers", type=int, default=0, help="layers on the GPU (0)")
-
-    command = add(selection, required=True, help="a GGUF file")
-    command.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="of the prompts")
+    command = add(selection, [1024, 2048, 4096], 3, required=True, help="a language model")
     command.add_argument("--methods", nargs="+", default=list(METHODS))
-    command.add_argument("--rounds", type=int, default=3)
-    add_clock_and_device(command)
+    add_options(command, "--gpu-layers")
 
-    command = add(decode, help="a GGUF file (random weights)")
-    lengths = [512, 1024, 2048, 4096, 8192, 16384]
-    command.add_argument("--tokens", type=int, nargs="+", default=lengths, help="of the prompts")
+    command = add(decode, [512, 1024, 2048, 4096, 8192, 16384], 15, help="a language model (random weights)")
     command.add_argument("--layers", type=int, default=2, help="of the model with random weights (2)")
-    command.add_argument("--rounds", type=int, default=15)
-    add_clock_and_device(command)
+    add_options(command, "--gpu-layers")
 
-    command = add(types, required=True, help="a GGUF file")
-    command.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help="of the prompts")
+    command = add(types, [1024, 4096], 3, required=True, help="a language model")
     command.add_argument("--types", nargs="+", default=["f16", "q8_0", "q8_0/q4_0"], help="the first to compare with")
     command.add_argument("--share", default="1/8", help="of the bytes in f16 that is kept (1/8)")
-    command.add_argument("--rounds", type=int, default=3)
-    add_clock_and_device(command)
+    add_options(command, "--gpu-layers")
 
-    command = add(memory, help="a GGUF file (random weights)")
-    add_clock(command)
-    command.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32000], help="of the prompts")
+    command = add(memory, [8192, 16384, 32000], 1, help="a language model (random weights)")
     command.add_argument("--layers", type=int, default=8, help="of the model with random weights (8)")
-    command.add_argument("--rounds", type=int, default=1)
 
-    options = parser.parse_args(arguments)
-    if options.clock is time.process_time:
-        options.threads = 1
+    options = parsed(parser, arguments)
     lengths = options.tokens
     if not 2 <= options.budget < min(lengths):
         parser.error("the budget has to be 2 or more, and below the prompts' lengths")
@@ -461,14 +394,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print what came out."""
     options = parse(arguments)
     model = options.model.name if options.model else f"random weights, {options.layers} layers of LLaVA-7B's shape"
-    clock = "CPU time" if options.clock is time.process_time else "wall time"
-    settings = {"model": model, "threads": options.threads, "clock": clock, "budget": options.budget}
+    settings = {"model": model, "threads": options.threads, "clock": clock_name(options), "budget": options.budget}
     rows: list[Row] = []
     for row in options.function(options):
         rows.append(row)
         if options.json:
-            text = json.dumps({"command": options.command, **settings, "rows": rows}, indent=1)
-            write_whole(options.json, text + "\n")
+            write_json(options.json, {"command": options.command, **settings, "rows": rows})
     print(f"{', '.join(f'{name}: {value}' for name, value in settings.items())}\n\n{markdown(rows)}")
     return 0
 

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +21,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from whole_files import write_whole
+from harness import (
+    Process,
+    Row,
+    add_model,
+    add_options,
+    clock_name,
+    markdown,
+    parsed,
+    ratio,
+    stock_library,
+    turned,
+    write_json,
+)
 
 PREFILL = 512
 DEPTH = 64  # tokens in the KV cache that a pass is added to
@@ -76,110 +85,65 @@ def serve(model: str, n_gpu_layers: int, n_threads: int, clock: Callable[[], flo
         print(read(DEPTH, n, n) if n < PREFILL else read(0, n, 1), flush=True)
 
 
-class Library:
+class Library(Process):
     """A process that has the model loaded with one of the libraries."""
 
     def __init__(self, options: argparse.Namespace, folder: Path | None) -> None:
-        environment = dict(os.environ)
-        environment.pop("LLAMA_CPP_LIB_PATH", None)
-        if folder:
-            environment["LLAMA_CPP_LIB_PATH"] = str(folder.absolute())
         command = [sys.executable, __file__, "--serve", "-m", str(options.model), "--threads", str(options.threads)]
         command += ["--gpu-layers", str(options.gpu_layers)]
-        command += ["--cpu-time"] if options.cpu_time else []
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._line()
-
-    def __enter__(self) -> Library:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
+        command += ["--cpu-time"] if options.clock is time.process_time else []
+        super().__init__(command, folder)
+        self.read()
 
     def seconds(self, n_tokens: int) -> float:
         """What a pass over so many tokens takes, or prefill."""
-        assert self._process.stdin
-        print(n_tokens, file=self._process.stdin, flush=True)
-        return float(self._line())
-
-    def _line(self) -> str:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the measuring process ended with status {self._process.wait()}")
-        return line
+        return float(self.ask(str(n_tokens)))
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     """The rounds' seconds by library and number of tokens."""
-    folders = {"patched": options.library} | ({"stock": options.stock} if options.stock else {})
+    folders = {"patched": options.library} | ({"stock": stock_library(options.stock)} if options.stock else {})
     times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in options.tokens} for name in folders}
     with ExitStack() as stack:
         libraries = {name: stack.enter_context(Library(options, folder)) for name, folder in folders.items()}
         for i in range(options.rounds):
-            order = list(libraries) if i % 2 == 0 else list(libraries)[::-1]
             for n in options.tokens:
-                for name in order:
+                for name in turned(libraries, i):
                     times[name][n].append(libraries[name].seconds(n))
             if options.json:
-                text = json.dumps({"model": options.model.name, "seconds": times}, indent=1)
-                write_whole(options.json, text + "\n")
+                write_json(options.json, {"model": options.model.name, "seconds": times})
     return times
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> str:
-    """The median and the quartiles of the rounds' ratios."""
-    low, middle, high = np.quantile(np.divide(over, under), (0.25, 0.5, 0.75))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def table(times: dict[str, dict[int, list[float]]]) -> str:
     """Rows by number of tokens: milliseconds, the ratio to a pass over one token, and to the stock library."""
-    headings = ["Tokens", *(f"{name}, ms" for name in times)]
-    if 1 in next(iter(times.values())):
-        headings += [f"{name}, passes over one" for name in times]
-    if "stock" in times:
-        headings.append("stock / patched")
-    lines = [headings, ["---"] * len(headings)]
+    rows: list[Row] = []
     for n in next(iter(times.values())):
-        line = [str(n), *(f"{1000 * np.median(of[n]):.1f}" for of in times.values())]
-        line += [ratio(of[n], of[1]) for of in times.values() if 1 in of]
+        row: Row = {"Tokens": n, **{f"{name}, ms": f"{1000 * np.median(of[n]):.1f}" for name, of in times.items()}}
+        row |= {f"{name}, passes over one": ratio(of[n], of[1], ".2f") for name, of in times.items() if 1 in of}
         if "stock" in times:
-            line.append(ratio(times["stock"][n], times["patched"][n]))
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            row["stock / patched"] = ratio(times["stock"][n], times["patched"][n], ".2f")
+        rows.append(row)
+    return markdown(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print what came out."""
     parser = argparse.ArgumentParser(description="Measure passes over a few tokens, and prefill.")
-    parser.add_argument("-m", "--model", type=Path, required=True, help="a GGUF file")
-    parser.add_argument("--stock", type=Path, metavar="FOLDER", help="the stock library's files")
+    add_model(parser)
     parser.add_argument("--library", type=Path, metavar="FOLDER", help="the patched library's files (installed)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[*range(1, 10), 12, 16, PREFILL], help="of a pass")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
-    parser.add_argument("--gpu-layers", type=int, default=0, help="layers on the GPU (0)")
-    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time of one thread, not wall time")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all single measurements there, each round")
+    add_options(parser, "--stock", "--threads", "--gpu-layers", "--cpu-time", "--rounds", "--json", rounds=9)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if not 1 <= min(options.tokens) <= max(options.tokens) <= PREFILL:
         parser.error(f"a pass has 1 to {PREFILL} tokens")
-    if options.cpu_time:
-        options.threads = 1
     if options.serve:
-        clock = time.process_time if options.cpu_time else time.perf_counter
-        serve(str(options.model), options.gpu_layers, options.threads, clock)
+        serve(str(options.model), options.gpu_layers, options.threads, options.clock)
         return 0
     times = measure(options)
-    measured_in = "CPU time" if options.cpu_time else "wall time"
-    settings = (
-        f"model: {options.model.name}, threads: {options.threads}, clock: {measured_in}, rounds: {options.rounds}"
-    )
-    print(f"{settings}\n\n{table(times)}")
+    settings = f"model: {options.model.name}, threads: {options.threads}, clock: {clock_name(options)}"
+    print(f"{settings}, rounds: {options.rounds}\n\n{table(times)}")
     return 0
 
 

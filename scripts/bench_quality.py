@@ -24,13 +24,10 @@ Needs the ``bench`` extra.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,10 +38,11 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
-from intervals import wilson
-from kv_methods import configured
+from harness import JsonLines, Row, add_options, markdown
+from kv_methods import configured, kv_types
 from kv_prototypes import Answered, Ranking, asked, oracle, prototype
 from PIL.Image import Image
+from quality_report import report
 from quality_tasks import PAGE_CELLS, SUITES, Case, cases
 from tqdm import tqdm
 
@@ -55,10 +53,9 @@ from edge_shiftkv.native.mtmd import TextChunk
 from edge_shiftkv.page_reader import write_mmproj
 from edge_shiftkv.prompts.messages import Message
 from edge_shiftkv.prompts.prompt import Prompt
-from edge_shiftkv.selection.methods import Method
+from edge_shiftkv.selection.methods import METHODS, Method
 
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
-METHODS = ("mixed", "paper", "snapkv", "keydiff", "expected-attention", "streamingllm", "random", "oracle")
 BUDGETS = {
     "demo": "16 32 64 128 1/8 1/2",
     "text": "64 128 256 1/8 1/4 1/2",
@@ -73,8 +70,6 @@ ASKED = (
 )
 BATCH = 64  # of a context that decodes: a second question is more than one token
 N_PARALLEL = 8  # answers written at a time
-
-Row = dict[str, Any]
 
 Variant = tuple[str, str, int, Callable[[], object]]
 """A method, its budget as text and in KV pairs, and what selects them."""
@@ -190,12 +185,6 @@ class Asker:
         model = self.engine.model
         tokens = answer.tokens[: -1 if model.ends_generation(answer.tokens[-1]) else None]
         return b"".join(map(model.piece, tokens)).decode(errors="replace").strip()
-
-
-def kv_types(text: str) -> tuple[str, str]:
-    """The types of keys and values that ``q8_0`` or ``q8_0/q4_0`` stand for."""
-    type_k, _, type_v = text.partition("/")
-    return type_k, type_v or type_k
 
 
 def pair_share(kv_type: str) -> Fraction:
@@ -336,11 +325,16 @@ def premise(args: argparse.Namespace) -> None:
                     )
     n_cases = len(next(iter(ratios.values()), []))
     print(f"Answer over prompt (its last {shiftkv.MAX_QUERY} tokens at most), medians of {n_cases} answers\n")
+    names = ("hidden, one scalar", "hidden, by component", "queries, by component")
     print(
-        "| layer | hidden, one scalar | hidden, by component | queries, by component |\n| ---: | ---: | ---: | ---: |"
+        markdown(
+            [
+                {"layer": layer, **dict(zip(names, (f"{value:.2f}" for value in np.median(rows, axis=0)), strict=True))}
+                for layer, rows in ratios.items()
+            ],
+            numbers=True,
+        )
     )
-    for layer, rows in ratios.items():
-        print(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in np.median(rows, axis=0)) + " |")
 
 
 def parts(args: argparse.Namespace, stack: ExitStack) -> tuple[Path, Path | None]:
@@ -368,13 +362,13 @@ def run(args: argparse.Namespace) -> None:
     asked_later = args.suite.endswith(("second", "cut"))
     methods = {text: method_of(text) for text in args.methods if not (asked_later and text == "oracle")}
     done: dict[tuple[Any, ...], set[tuple[str, str]]] = defaultdict(set)
-    if args.out.exists():
-        drop_torn_line(args.out)
-        for row in read([args.out]):
-            key = row["suite"], row["task"], row["seed"], row.get("kv", "f16")
-            done[key].add((row["method"], row["budget"]))
-    todo = [case for case in cases(args.suite, args.cases, args.first_seed, args.tokens) if wanted(case, args.tasks)]
-    with ExitStack() as stack, args.out.open("a") as out:
+    out = JsonLines(args.out)
+    for row in out.rows:
+        key = row["suite"], row["task"], row["seed"], row.get("kv", "f16")
+        done[key].add((row["method"], row["budget"]))
+    there = cases(args.suite, args.cases, args.first_seed, args.tokens)
+    todo = [case for case in there if args.tasks is None or case.task in args.tasks]
+    with ExitStack() as stack:
         model, mmproj = parts(args, stack)
         progress = stack.enter_context(tqdm(total=len(todo) * len(args.kv_types), unit="case"))
         for kv_type in args.kv_types:
@@ -383,8 +377,7 @@ def run(args: argparse.Namespace) -> None:
                 for case in todo:
                     before = done[args.suite, case.task, case.seed, kv_type]
                     for row in ask(asker, args.suite, case, usable, budgets, before):
-                        out.write(json.dumps(row) + "\n")
-                        out.flush()
+                        out.add(row)
                     progress.update()
 
 
@@ -393,133 +386,6 @@ def method_of(text: str) -> Method | Ranking:
     if text in ("oracle", "asked"):
         return oracle
     return prototype(text[len(PROTOTYPE) :]) if text.startswith(PROTOTYPE) else configured(text)
-
-
-def wanted(case: Case, tasks: Sequence[str] | None) -> bool:
-    """Whether a case is of the tasks that were asked for."""
-    return tasks is None or case.task in tasks
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off what was being written when a run was ended."""
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def read(paths: Iterable[Path]) -> Iterator[Row]:
-    """The rows of result files."""
-    for path in paths:
-        with path.open() as lines:
-            yield from map(json.loads, lines)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean score in [0, 1] with its 95 % interval."""
-
-    n: int
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, scores: Sequence[float]) -> Mean:
-        """Wilson's interval; for scores between 0 and 1 it is wider than needed."""
-        return cls(len(scores), sum(scores) / len(scores), *wilson(sum(scores), len(scores)))
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.0f} ({100 * self.low:.0f}-{100 * self.high:.0f})"
-
-
-def report(args: argparse.Namespace) -> None:
-    """Tables by suite and task, a CSV file and plots."""
-    groups: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    shares: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    order: dict[str, float] = {}
-    for row in read(args.files):
-        tasks = [row["task"]] if row["suite"].endswith("second") else ["all tasks", row["task"]]
-        kv_type = row.get("kv", "f16")
-        method = row["method"] if kv_type == "f16" else f"{row['method']}, {kv_type}"
-        for task in tasks:
-            groups[row["suite"], task][method, row["budget"]].append(row["score"])
-            if "bytes" in row:
-                shares[row["suite"], task][method, row["budget"]].append(row["bytes"])
-        order[row["budget"]] = max(order.get(row["budget"], 0), row["n_budget"])
-    written: list[list[object]] = []
-    for (suite, task), scores in groups.items():
-        means = {key: Mean.of(values) for key, values in scores.items()}
-        budgets = sorted(
-            {budget for _, budget in means if budget != "all"}, key=lambda text: ("/" in text, order[text])
-        )
-        methods = list(dict.fromkeys(name for name, budget in means if budget != "all"))
-        bytes_of = {key: sum(values) / len(values) for key, values in shares[suite, task].items()}
-        whole = {name: m for (name, budget), m in means.items() if budget == "all"}
-        full = next(iter(whole.values()))
-        print(f"\n**{suite}, {task}**: full cache {full}, n = {full.n}\n")
-        for name, m in list(whole.items())[1:]:
-            print(f"{name}: {m} at {bytes_of[name, 'all']:.2f} of the bytes, n = {m.n}\n")
-        print("| method | " + " | ".join(budgets) + " |\n| --- " + "| ---: " * len(budgets) + "|")
-        for name in methods:
-            print(f"| {name} | " + " | ".join(str(means.get((name, budget), "")) for budget in budgets) + " |")
-        written += [[suite, task, *key, bytes_of.get(key, ""), m.n, m.mean, m.low, m.high] for key, m in means.items()]
-        if args.plots:
-            args.plots.mkdir(parents=True, exist_ok=True)
-            name = f"{suite}-{task.replace(' ', '-')}"
-            if any("/" not in budget for budget in budgets):
-                plot(args.plots / f"{name}.png", suite, task, means, methods, budgets)
-            if bytes_of:
-                plot_bytes(args.plots / f"{name}-bytes.png", suite, task, means, bytes_of)
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["suite", "task", "method", "budget", "bytes", "n", "mean", "low", "high"])
-            writer.writerows(written)
-
-
-def plot(
-    path: Path,
-    suite: str,
-    task: str,
-    means: dict[tuple[str, str], Mean],
-    methods: Sequence[str],
-    budgets: Sequence[str],
-) -> None:
-    """Score against budget in KV pairs, one line a method, between nothing and the full cache."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot()
-    numbers = [budget for budget in budgets if "/" not in budget]
-    for name in methods:
-        points = [(int(budget), means[name, budget]) for budget in numbers if (name, budget) in means]
-        style = "k--" if name == "oracle" else "o-"
-        axes.plot([x for x, _ in points], [100 * m.mean for _, m in points], style, label=name, markersize=4)
-    if ("full", "all") in means:
-        axes.axhline(100 * means["full", "all"].mean, color="black", linewidth=1, label="full cache")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([int(budget) for budget in numbers], numbers)
-    axes.set(xlabel="KV pairs per layer and KV head", ylabel="score, %", ylim=(0, 100), title=f"{suite}: {task}")
-    figure.legend(fontsize="small", loc="outside right upper")
-    figure.savefig(path, dpi=110)
-
-
-def plot_bytes(
-    path: Path, suite: str, task: str, means: dict[tuple[str, str], Mean], bytes_of: dict[tuple[str, str], float]
-) -> None:
-    """Score against bytes, one line a method and KV type; full caches are its ends."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name in dict.fromkeys(name for name, _ in means):
-        points = sorted((share, means[key].mean) for key, share in bytes_of.items() if key[0] == name)
-        style = "*" if name.startswith("full") else "o-"
-        axes.plot([x for x, _ in points], [100 * y for _, y in points], style, label=name, markersize=5)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="bytes, as a share of the full cache in f16", ylabel="score, %", ylim=(0, 100))
-    axes.set_title(f"{suite}: {task}")
-    figure.legend(fontsize="small", loc="outside right upper")
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -537,15 +403,15 @@ def main() -> None:
         command.add_argument("--cases", type=int, default=20, help="of each task (default 20)")
         command.add_argument("--first-seed", type=int, default=0)
         command.add_argument("--tokens", type=int, nargs="+", default=[1000], help="of the texts (default 1000)")
-        command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+        add_options(command, "--threads")
         if name == "run":
             command.add_argument("--out", type=Path, required=True, help="JSON lines")
             command.add_argument("--tasks", nargs="+", help="only these")
-            command.add_argument("--methods", nargs="*", default=list(METHODS))
+            command.add_argument("--methods", nargs="*", default=[*METHODS, "oracle"])
             command.add_argument("--kv-types", nargs="+", default=["f16"], help="such as f16 q8_0 q8_0/q4_0 q4_0")
             command.add_argument("--budgets", nargs="+")
     command = commands.add_parser("report", help="tables and plots of result files")
-    command.set_defaults(run=report)
+    command.set_defaults(run=lambda args: report(args.files, args.csv, args.plots))
     command.add_argument("files", type=Path, nargs="+")
     command.add_argument("--csv", type=Path)
     command.add_argument("--plots", type=Path, help="folder to write PNG files to")

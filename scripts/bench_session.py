@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import socket
 import subprocess
 import tempfile
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from bench_kv import markdown, ratio, resident
+from harness import MIB, Row, add_model, add_options, first_text, markdown, ratio, resident, seconds
 
 from edge_shiftkv import Runtime, Session
 from edge_shiftkv.session_file import file_hash
@@ -39,25 +38,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 QUESTIONS = ("What is the first line about?", "Which number is the largest?")
-MIB = 1 << 20
-
-Row = dict[str, Any]
 
 
-def page_of(arguments: argparse.Namespace, runtime: Runtime, variant: int = 0) -> dict[str, Any]:
+def page_of(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     """What a session is about."""
     if arguments.image:
         return {"images": [arguments.image]}
-    source = "\n".join(Path(module).read_text() for module in (argparse.__file__, tempfile.__file__))
-    tokens = runtime.engine.model.tokenize(source[variant:])[: arguments.tokens]
-    return {"text": b"".join(map(runtime.engine.model.piece, tokens)).decode(errors="ignore")}
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """What a call takes."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+    return {"text": first_text(runtime.engine.model, arguments.tokens)}
 
 
 def ask(arguments: argparse.Namespace) -> list[Row]:
@@ -235,18 +222,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for function in (ask, memory, server):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
-        command.add_argument("-m", "--model", type=Path, required=True, metavar="GGUF")
-        command.add_argument("--mmproj", type=Path, metavar="GGUF")
-        command.add_argument("--image", type=Path)
+        add_model(command)
+        command.add_argument("--image", type=Path, metavar="PICTURE", help="the page, which --mmproj sees")
         command.add_argument("--tokens", type=int, default=1024, help="of a page of text (1024)")
-        command.add_argument("--budget", type=int, default=256, help="of a question (256)")
         command.add_argument("--cut", type=int, default=64, help="KV pairs a cut keeps (64)")
-        command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
-        command.add_argument("--rounds", type=int, default=3)
-        command.add_argument("--pages", type=int, default=20, help="that are open (20)")
-        command.add_argument(
-            "--llama-server", type=Path, default="llama-server", help="llama.cpp's server (llama-server)"
-        )
+        add_options(command, "--mmproj", "--threads")
+        if function is ask:
+            add_options(command, "--budget")
+        if function is memory:
+            command.add_argument("--pages", type=int, default=20, help="that are open (20)")
+        else:
+            add_options(command, "--rounds")
+        if function is server:
+            command.add_argument("--llama-server", default="llama-server", help="llama.cpp's (%(default)s)")
     options = parser.parse_args(arguments)
     print(markdown(options.function(options)))
 

@@ -27,9 +27,9 @@ from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
+from harness import JsonLines, Row, add_options, markdown, ratio, turned
 
 from edge_shiftkv import Completion, Runtime, answering
-from edge_shiftkv.native.llama import usable_cpus
 from edge_shiftkv.sampling import Floats, Outputs, Sampler
 from edge_shiftkv.speculative.draft import Draft
 from edge_shiftkv.speculative.length import MOST
@@ -44,8 +44,6 @@ NATIVE = ("llama_decode", "llama_get_logits_ith", "llama_sampler_apply", "llama_
 TIE = 0.05  # logits; passes over one token and over several differ by rounding
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "seed": 1}
 
-Row = dict[str, Any]
-
 
 def prompts(n: int | None) -> list[Row]:
     """The first `n` prompts, one of every kind after the other."""
@@ -57,23 +55,12 @@ def prompts(n: int | None) -> list[Row]:
     return rows[:n]
 
 
-class Results:
-    """Lines of JSON in a file, by what they are about."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows: list[Row] = [json.loads(line) for line in lines]
+class Results(JsonLines):
+    """What was measured, by what it is about."""
 
     def has(self, **key: Any) -> bool:
         """Whether there is such a row."""
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
-
-    def add(self, **row: Any) -> None:
-        """Add a row."""
-        self.rows.append(row)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 @contextmanager
@@ -178,14 +165,8 @@ def accept(arguments: argparse.Namespace, results: Results) -> None:
                     ).figures
                     native = native_s()
                 assert figures.draft
-                results.add(
-                    **key,
-                    kind=row["kind"],
-                    tokens=figures.generated_tokens,
-                    decode_s=figures.decode_s,
-                    native_s=native,
-                    **dataclasses.asdict(figures.draft),
-                )
+                measured = {"kind": row["kind"], "tokens": figures.generated_tokens, "decode_s": figures.decode_s}
+                results.add({**key, **measured, "native_s": native, **dataclasses.asdict(figures.draft)})
     bench.close()
 
 
@@ -201,14 +182,13 @@ def speed(arguments: argparse.Namespace, results: Results) -> None:
     for variant in variants.values():  # reads the weights from disk and measures costs
         variant("Hello.")
     for i, row in enumerate(prompts(arguments.prompts)):
-        names = list(variants)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in turned(variants, i):
             key = {"measured": "speed", "variant": name, "prompt": row["prompt"]}
             if results.has(**key):
                 continue
             figures = variants[name](row["prompt"]).figures
-            results.add(**key, kind=row["kind"], tokens=figures.generated_tokens, decode_s=figures.decode_s,
-                        draft=figures.draft and dataclasses.asdict(figures.draft))  # fmt: skip
+            measured = {"kind": row["kind"], "tokens": figures.generated_tokens, "decode_s": figures.decode_s}
+            results.add({**key, **measured, "draft": figures.draft and dataclasses.asdict(figures.draft)})
     bench.close()
 
 
@@ -244,13 +224,9 @@ def exact(arguments: argparse.Namespace, results: Results) -> None:
             figures = bench.helped(row["prompt"], n_draft, rule if rule in SAMPLING_RULES else None, **options).figures
             differing = (i for i, (a, b) in enumerate(zip(expected, recorded, strict=False)) if a[0] != b[0])
             first = next(differing, None)
-            results.add(
-                **key,
-                tokens=len(expected),
-                accepted=figures.draft and figures.draft.accepted,
-                differs_at=first,
-                gap=None if first is None else expected[first][1],
-            )
+            gap = None if first is None else expected[first][1]
+            accepted = figures.draft and figures.draft.accepted
+            results.add({**key, "tokens": len(expected), "accepted": accepted, "differs_at": first, "gap": gap})
     bench.close()
 
 
@@ -261,69 +237,91 @@ def rate(rows: list[Row]) -> float:
 
 def report(results: Results) -> None:
     """Print the tables."""
-    rows = [row for row in results.rows if row["measured"] == "accept"]
-    if rows:
-        print(
-            "| Rule | Draft tokens | Tokens per pass | Accepted | Draft, align, verify | Align, a round | In Python |"
-        )
-        print("|---|---|---|---|---|---|---|")
+    by_what: dict[str, list[Row]] = defaultdict(list)
+    for row in results.rows:
+        by_what[row["measured"]].append(row)
+    if by_what["accept"]:
+        print(f"{accept_table(by_what['accept'])}\n")
+    if greedy := [row for row in by_what["accept"] if row["rule"] == "greedy"]:
+        print(f"{kinds_table(greedy)}\n")
+    if rows := [row for row in by_what["speed"] if row["tokens"] > 1]:
+        print("\n\n".join(speed_tables(rows)))
+    for rule in dict.fromkeys(row["rule"] for row in by_what["exact"]):
+        print(f"\nExact, {rule}: {exact_line([row for row in by_what['exact'] if row['rule'] == rule])}")
+
+
+def accept_table(rows: list[Row]) -> str:
+    """By rule and draft length: what is accepted, and what share of decoding is not spent in llama.cpp."""
+    lines: list[Row] = []
     for rule, n_draft in sorted({(row["rule"], row["n_draft"]) for row in rows}):
         some = [row for row in rows if (row["rule"], row["n_draft"]) == (rule, n_draft)]
         total = {name: sum(row[name] for row in some) for name in SUMMED}
         shares = ", ".join(f"{total[name] / total['decode_s']:.1%}" for name in ("draft_s", "align_s", "verify_s"))
-        print(
-            f"| {rule} | {n_draft} | {(total['rounds'] + total['accepted']) / total['rounds']:.2f} "
-            f"| {total['accepted'] / max(1, total['drafted']):.1%} | {shares} "
-            f"| {1e6 * total['align_s'] / total['rounds']:.0f} µs | {1 - total['native_s'] / total['decode_s']:.1%} |"
+        lines.append(
+            {
+                "Rule": rule,
+                "Draft tokens": n_draft,
+                "Tokens per pass": f"{(total['rounds'] + total['accepted']) / total['rounds']:.2f}",
+                "Accepted": f"{total['accepted'] / max(1, total['drafted']):.1%}",
+                "Draft, align, verify": shares,
+                "Align, a round": f"{1e6 * total['align_s'] / total['rounds']:.0f} µs",
+                "In Python": f"{1 - total['native_s'] / total['decode_s']:.1%}",
+            }
         )
-    if rows:
-        print("\n| Kind of prompt | Tokens per pass, by draft tokens, greedy |\n|---|---|")
-    greedy = [row for row in rows if row["rule"] == "greedy"]
-    for kind in dict.fromkeys(row["kind"] for row in greedy):
+    return markdown(lines)
+
+
+def kinds_table(rows: list[Row]) -> str:
+    """Tokens per pass by kind of prompt and draft length."""
+    lines: list[Row] = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
         cells = []
-        for n_draft in sorted({row["n_draft"] for row in greedy}):
-            some = [row for row in greedy if (row["kind"], row["n_draft"]) == (kind, n_draft)]
+        for n_draft in sorted({row["n_draft"] for row in rows}):
+            some = [row for row in rows if (row["kind"], row["n_draft"]) == (kind, n_draft)]
             rounds = sum(row["rounds"] for row in some)
             cells.append(f"{n_draft}: {1 + sum(row['accepted'] for row in some) / max(1, rounds):.2f}")
-        print(f"| {kind} | {', '.join(cells)} |")
-    rows = [row for row in results.rows if row["measured"] == "speed" and row["tokens"] > 1]
-    if rows:
-        print("\n| Draft | Prompts | Tokens/s | Over those alone, all tokens | Per prompt: median (quartiles) |")
-        print("|---|---|---|---|---|")
+        lines.append({"Kind of prompt": kind, "Tokens per pass, by draft tokens, greedy": ", ".join(cells)})
+    return markdown(lines)
+
+
+def speed_tables(rows: list[Row]) -> tuple[str, str]:
+    """Tokens per second of each variant over those alone: of all prompts, and by their kinds."""
     by_variant: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         by_variant[row["variant"]][row["prompt"]] = row
+    lines: list[Row] = []
+    by_kind: list[Row] = []
     for name, measured in by_variant.items():
         both = [prompt for prompt in measured if prompt in by_variant["alone"]]
-
         here, alone = [measured[prompt] for prompt in both], [by_variant["alone"][prompt] for prompt in both]
-        ratios = [rate([a]) / rate([b]) for a, b in zip(here, alone, strict=True)]
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        print(
-            f"| {name} | {len(both)} | {rate(here):.2f} | {rate(here) / rate(alone):.3f} "
-            f"| {middle:.3f} ({low:.3f} to {high:.3f}) |"
+        lines.append(
+            {
+                "Draft": name,
+                "Prompts": len(both),
+                "Tokens/s": f"{rate(here):.2f}",
+                "Over those alone, all tokens": f"{rate(here) / rate(alone):.3f}",
+                "Per prompt: median (quartiles)": ratio([rate([row]) for row in here], [rate([row]) for row in alone]),
+            }
         )
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    if rows:
-        print(f"\n| Over alone, by kind of prompt | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
-    for name, measured in by_variant.items():
-        cells = []
-        for kind in kinds:
-            both = [p for p, row in measured.items() if row["kind"] == kind and p in by_variant["alone"]]
-            here, alone = [measured[p] for p in both], [by_variant["alone"][p] for p in both]
-            cells.append(f"{rate(here) / rate(alone):.3f}" if both else "")
-        print(f"| {name} | {' | '.join(cells)} |")
-    exact_rows = [row for row in results.rows if row["measured"] == "exact"]
-    for rule in dict.fromkeys(row["rule"] for row in exact_rows):
-        rows = [row for row in exact_rows if row["rule"] == rule]
-        flips = [row for row in rows if row["differs_at"] is not None]
-        ties = [row for row in flips if row["gap"] < TIE]
-        gaps = ", ".join(f"{row['gap']:.4f}" for row in flips) or "none"
-        print(
-            f"\nExact, {rule}: {len(rows)} answers, {sum(row['tokens'] for row in rows)} tokens, "
-            f"{sum(row['accepted'] for row in rows)} of them drafted; {len(flips)} differ, "
-            f"{len(ties)} of them where the two best tokens are less than {TIE} apart (gaps: {gaps})"
-        )
+        cells: Row = {"Over alone, by kind of prompt": name}
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            places = [i for i, row in enumerate(here) if row["kind"] == kind]
+            over = rate([here[i] for i in places]) / rate([alone[i] for i in places]) if places else None
+            cells[kind] = "" if over is None else f"{over:.3f}"
+        by_kind.append(cells)
+    return markdown(lines), markdown(by_kind)
+
+
+def exact_line(rows: list[Row]) -> str:
+    """How many answers are others, and whether rounding explains it."""
+    flips = [row for row in rows if row["differs_at"] is not None]
+    ties = [row for row in flips if row["gap"] < TIE]
+    gaps = ", ".join(f"{row['gap']:.4f}" for row in flips) or "none"
+    return (
+        f"{len(rows)} answers, {sum(row['tokens'] for row in rows)} tokens, "
+        f"{sum(row['accepted'] for row in rows)} of them drafted; {len(flips)} differ, "
+        f"{len(ties)} of them where the two best tokens are less than {TIE} apart (gaps: {gaps})"
+    )
 
 
 def main() -> None:
@@ -339,9 +337,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="*", default=list(range(1, MOST + 1)), metavar="N", help="drafted")
     parser.add_argument("--rules", nargs="+", default=["greedy", *SAMPLING_RULES], metavar="RULE")
-    parser.add_argument("--threads", type=int, default=usable_cpus(), metavar="N", help="CPU threads (default: all)")
-    parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU (default: none)")
+    add_options(parser, "--threads", "--gpu-layers")
     arguments = parser.parse_args()
+    if arguments.what == "report" and not arguments.out.is_file():
+        parser.error(f"{arguments.out} is no file")
     results = Results(arguments.out)
     if arguments.what != "report":
         if not arguments.model or not arguments.draft:

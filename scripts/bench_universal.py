@@ -13,11 +13,13 @@ the first reads the prompt and checks a draft, too.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_spec import SAMPLED, prompts
+from harness import Row, add_model, markdown, table_line
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +33,7 @@ def load(path: Path) -> tuple[Any, Any]:
 def main() -> None:
     """Parse the command line, measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", type=Path, metavar="GGUF", required=True, help="the target")
+    add_model(parser)
     parser.add_argument("--draft", type=Path, metavar="GGUF", required=True)
     parser.add_argument("--prompts", type=int, metavar="N", default=10)
     parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of each answer (default: %(default)s)")
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print("| Method | Prompts | Draft tokens | Tokens per pass | By prompt |\n|---|---|---|---|---|", flush=True)
+    rows: list[Row] = []
     for name, sampling in (("UAG, greedy", {}), ("UAG-TLI, temperature 0.7", {"temperature": SAMPLED["temperature"]})):
         target, tokenizer = load(arguments.model)
         draft, draft_tokenizer = load(arguments.draft)  # anew, as TLI prunes it
@@ -77,10 +79,17 @@ def main() -> None:
                 n = output.shape[1] - inputs["input_ids"].shape[1]
                 by_prompt.append(f"{n / passes:.2f}")
                 n_tokens, n_passes = n_tokens + n, n_passes + passes
-            print(
-                f"| {name} | {len(by_prompt)} | {n_draft} | {n_tokens / n_passes:.2f} | {', '.join(by_prompt)} |",
-                flush=True,
+            rows.append(
+                {
+                    "Method": name,
+                    "Prompts": len(by_prompt),
+                    "Draft tokens": n_draft,
+                    "Tokens per pass": f"{n_tokens / n_passes:.2f}",
+                    "By prompt": ", ".join(by_prompt),
+                }
             )
+            print(table_line(rows[-1].values()), file=sys.stderr, flush=True)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

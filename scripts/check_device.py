@@ -27,13 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bench_kv
 import bench_pass
 import deepen_gguf
+import harness
 import llama_cpp
-from whole_files import write_whole
 
-from edge_shiftkv.build import WHEEL_VERSION, default_cache_dir
+from edge_shiftkv.build import WHEEL_VERSION
 from edge_shiftkv.doctor import probe
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -52,7 +51,7 @@ class Step:
 
 def steps(options: argparse.Namespace) -> list[Step]:
     """All that is checked."""
-    model = str(bench_kv.synthetic_model(options.layers))
+    model = str(harness.synthetic_model(options.layers))
     tokens = [str(n) for n in sorted(options.tokens)]
     chosen = options.test or [str(SCRIPTS.parent / "tests" / "native")]
     tests = ("-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", *chosen)
@@ -89,13 +88,8 @@ def deepened(options: argparse.Namespace) -> Path:
     model: Path = options.model
     if not options.deepen:
         return model
-    path = default_cache_dir() / "bench" / f"{model.stem}-{options.deepen}-layers.gguf"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        deepen_gguf.deepen(model, part, options.deepen)
-        part.replace(path)
-    return path
+    name = f"{model.stem}-{options.deepen}-layers"
+    return harness.kept_model(name, lambda path: deepen_gguf.deepen(model, path, options.deepen))
 
 
 def run(step: Step, seconds: float) -> dict[str, Any]:
@@ -125,16 +119,13 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
 
 def read_figures(path: Path, *, by_lines: bool) -> Any:
     """What a step has measured: JSON, or the list of what is JSON by lines."""
-    text = path.read_text()
-    if by_lines:  # the last one may be cut off
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return json.loads(text)
+    return harness.read_lines(path) if by_lines else json.loads(path.read_text())
 
 
 def table(measured: Any) -> str:
     """What a step that was stopped has measured, in short."""
     if isinstance(measured, dict) and measured.get("rows"):
-        return bench_kv.markdown(measured["rows"])
+        return harness.markdown(measured["rows"])
     if isinstance(measured, dict) and measured.get("seconds"):
         return bench_pass.table(
             {name: {int(n): times for n, times in of.items()} for name, of in measured["seconds"].items()}
@@ -188,7 +179,7 @@ def check(chosen: Sequence[Step], seconds: float, result: dict[str, Any], out: P
     for i, step in enumerate(chosen):
         left = max(0.0, ends - time.monotonic())
         result["steps"][step.name] = found = run(step, left * step.share / sum(other.share for other in chosen[i:]))
-        write_whole(out, json.dumps(result, indent=1) + "\n")
+        harness.write_json(out, result)
         print(f"## {step.name} ({found['seconds']:.0f} s)\n")
         if found["status"]:
             print(f"failed ({found['status']}):\n\n{table(found['measured'])}\n" if step.file else found["status"])

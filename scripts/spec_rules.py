@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from harness import Row, markdown
 
 from edge_shiftkv.sampling import Sampler, Sampling
 from edge_shiftkv.speculative.records import Proposal
@@ -122,15 +123,18 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=40_000, metavar="N", help="texts per row (default: %(default)s)")
     n_texts = parser.parse_args().texts
     expected = probabilities(Sampling(temperature=1.0, **UNFILTERED))
-    print("| Rule | Draft | Accepted | Total variation distance from the target's distribution |")
-    print("|---|---|---|---|")
+    column = "Total variation distance from the target's distribution"
     # As far as exact draws of this number are from their own distribution.
     drawn = np.random.default_rng(0).multinomial(n_texts, expected.ravel())
-    print(f"| exact draws | | | {distance(drawn, expected.ravel()):.4f} |")
+    rows: list[Row] = [
+        {"Rule": "exact draws", "Draft": "", "Accepted": "", column: f"{distance(drawn, expected.ravel()):.4f}"}
+    ]
     for rule in SAMPLING_RULES:
         for name, draft in DRAFTS.items():
             counts, accepted = measure(rule, draft, n_texts, temperature=1.0, **UNFILTERED)
-            print(f"| {rule} | {name} | {accepted:.1%} | {distance(counts, expected):.4f} |")
+            off = f"{distance(counts, expected):.4f}"
+            rows.append({"Rule": rule, "Draft": name, "Accepted": f"{accepted:.1%}", column: off})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from page_documents import KINDS, make_page
+from page_pictures import LINE_BREAK, numbers, paint
 from PIL import Image
 from support import tiny_models
 
@@ -19,11 +21,6 @@ from edge_shiftkv.errors import ModelError
 from edge_shiftkv.native.mtmd import ImageChunk
 from edge_shiftkv.page_reader import CHARS, UNITS, VIT, character_rows, positions, write_mmproj
 from edge_shiftkv.prompts.messages import Message
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from page_documents import KINDS, make_page
-from page_pictures import LINE_BREAK, numbers, paint
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 Floats = npt.NDArray[np.float32]

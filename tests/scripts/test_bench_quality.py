@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from bench_quality import budget_of, drop_torn_line, pair_share
+from bench_quality import budget_of, pair_share
 from quality_tasks import PAGE_CELLS, cases
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -59,14 +56,6 @@ def test_a_torn_run_goes_on_and_asks_nothing_twice(demo: Path, tmp_path: Path) -
     again = {(row["kv"], row["method"], row["budget"]): row["answer"] for row in rows(out)}
     assert len(rows(out)) == len(answers)
     assert again == {key: row["answer"] for key, row in answers.items()}
-
-
-def test_a_line_torn_off_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    for text, kept in (('{"a": 1}\n{"b', '{"a": 1}\n'), ('{"a": 1}\n', '{"a": 1}\n'), ('{"a', ""), ("", "")):
-        path.write_text(text)
-        drop_torn_line(path)
-        assert path.read_text() == kept
 
 
 def test_budgets_in_pairs_and_in_bytes() -> None:

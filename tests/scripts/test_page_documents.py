@@ -10,13 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from edge_shiftkv.page_reader import CELL
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 from page_documents import KINDS, TASKS, PageQuestion, make_page, page_for
 from page_pictures import numbers
+
+from edge_shiftkv.page_reader import CELL
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SEEDS = range(20)
@@ -30,7 +27,7 @@ def digest(seed: int) -> str:
 def test_a_seed_makes_the_same_page_in_another_process() -> None:
     seeds = range(7, 13)  # all kinds
     code = f"import sys; sys.path[:0] = {[str(SCRIPTS), str(Path(__file__).parent)]}\n"
-    code += f"from test_documents import digest\nprint(*map(digest, {list(seeds)}))"
+    code += f"from test_page_documents import digest\nprint(*map(digest, {list(seeds)}))"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     here = [digest(seed) for seed in seeds]

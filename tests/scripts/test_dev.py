@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import platform
 import shutil
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 import dev
+import pytest
 
 CPUINFO = """\
 model name\t: some CPU

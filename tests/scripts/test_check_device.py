@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 import bench_kv
 import check_device
+import harness
+import pytest
 from check_device import Step
 
 TAKES_LONG = """
@@ -65,7 +63,7 @@ def options(**changes: Any) -> argparse.Namespace:
 def test_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a command that its script accepts; prompts come in the order of their lengths."""
     model = tmp_path / "model.gguf"
-    monkeypatch.setattr(bench_kv, "synthetic_model", lambda n_layer: model)
+    monkeypatch.setattr(harness, "synthetic_model", lambda n_layer: model)
     found = {step.name: step for step in check_device.steps(options())}
     assert list(found) == ["Tests", "Decoding", "Selection", "Passes over a few tokens"]
     for name in ("Decoding", "Selection"):
@@ -90,7 +88,7 @@ def test_wrong_arguments(arguments: list[str], problem: str, capsys: pytest.Capt
 
 
 def test_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_device.llama_cpp, "llama_supports_gpu_offload", lambda: False)
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: False)
     with pytest.raises(SystemExit, match="sees no GPU: build it for one"):
         check_device.main([])
 
