@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -32,7 +33,60 @@ _SCALED = ("gemma3", "gemma3n", "gemma4")
 VIT = page_reader_dir() / "vit-f16.gguf"
 _TABLE = "token_embd.weight"
 
+_SIZES = (
+    "clip.vision.embedding_length",
+    "clip.vision.feed_forward_length",
+    "clip.vision.block_count",
+    "clip.vision.attention.head_count",
+)
+_EPSILON = "clip.vision.attention.layer_norm_epsilon"
+
 Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The sizes of a vision tower, as GGUF files have them."""
+
+    width: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    epsilon: float
+
+    @classmethod
+    def read(cls, reader: gguf.GGUFReader) -> Tower:
+        """Those that a file says."""
+        return cls(*(reader.fields[key].contents() for key in (*_SIZES, _EPSILON)))
+
+    def add(self, writer: gguf.GGUFWriter) -> None:
+        """Have a file say them."""
+        for key, value in zip(_SIZES, (self.width, self.n_ff, self.n_layer, self.n_head), strict=True):
+            writer.add_uint32(key, value)
+        writer.add_float32(_EPSILON, self.epsilon)
+
+
+def mmproj_writer(dest: Path, name: str, side: int, n_embd: int, tower: Tower) -> gguf.GGUFWriter:
+    """An mmproj of LLaVA-1.5's kind, all but its tensors: pictures of `side` x `side` pixels, in patches of `CELL`.
+
+    n_embd: of the language model.
+    """
+    writer = gguf.GGUFWriter(dest, "clip")
+    writer.add_name(name)
+    writer.add_license("mit")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", True)  # the tanh form
+    writer.add_uint32("clip.vision.image_size", side)
+    writer.add_uint32("clip.vision.patch_size", CELL)
+    writer.add_uint32("clip.vision.projection_dim", n_embd)
+    writer.add_array("clip.vision.image_mean", [0.5] * 3)
+    writer.add_array("clip.vision.image_std", [0.5] * 3)
+    tower.add(writer)
+    # LLaVA's graph stops one layer early without it.
+    writer.add_array("clip.vision.feature_layer", [tower.n_layer])
+    return writer
 
 
 def write_mmproj(model: Path, dest: Path, cells: int = 24) -> None:
@@ -75,26 +129,8 @@ def _write(rows: Floats, dest: Path, cells: int) -> None:
 
 
 def _write_gguf(rows: Floats, dest: Path, cells: int) -> None:
-    writer = gguf.GGUFWriter(dest, "clip")
-    writer.add_name("edge_shiftkv page reader")
-    writer.add_license("mit")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", True)  # the tanh form
-    writer.add_uint32("clip.vision.image_size", cells * CELL)
-    writer.add_uint32("clip.vision.patch_size", CELL)
-    writer.add_uint32("clip.vision.projection_dim", rows.shape[1])
-    writer.add_array("clip.vision.image_mean", [0.5] * 3)
-    writer.add_array("clip.vision.image_std", [0.5] * 3)
     tower = gguf.GGUFReader(VIT)
-    for name in ("embedding_length", "feed_forward_length", "block_count", "attention.head_count"):
-        writer.add_uint32(f"clip.vision.{name}", tower.fields[f"clip.vision.{name}"].contents())
-    epsilon = "clip.vision.attention.layer_norm_epsilon"
-    writer.add_float32(epsilon, tower.fields[epsilon].contents())
-    # LLaVA's graph stops one layer early without it.
-    writer.add_array("clip.vision.feature_layer", [tower.fields["clip.vision.block_count"].contents()])
-
+    writer = mmproj_writer(dest, "edge_shiftkv page reader", cells * CELL, rows.shape[1], Tower.read(tower))
     tensors = {tensor.name: np.asarray(tensor.data) for tensor in tower.tensors}
     row, column, last = (tensors.pop(f"v.position_embd.{part}") for part in ("row", "column", "last"))
     for name, data in tensors.items():

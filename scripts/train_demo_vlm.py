@@ -8,8 +8,8 @@ to a text model of the llama architecture (4 layers, width 192, 6 heads on 2 KV 
     python scripts/train_demo_vlm.py export --checkpoint demo.pt      # GGUF files into models/demo/
     python scripts/train_demo_vlm.py check  --checkpoint demo.pt      # llama.cpp's greedy answers against torch's
 
-Needs the extra `train` (PyTorch), and for `check` the patched llama-cpp-python. Nothing else in the project needs
-PyTorch.
+Needs the extra `train` (PyTorch), and for `export` and `check` the patched llama-cpp-python. But for the page reader's
+training, nothing else in the project needs PyTorch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from demo_documents import CELL, CHARS, GRID, SIZE, TASKS, WORDINGS, Document, Q
 from intervals import wilson
 from torch import Tensor, nn
 from torch.nn import functional
+from training import EPS, EPS_V, Block, Training, linear, load, patches, produced, vit_layers, write
 
 MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "demo"
 
@@ -53,7 +54,6 @@ TRAIN_SEED = 10_000_000  # documents from here on are trained on; smaller seeds 
 V_WIDTH, V_LAYERS, V_HEADS, V_FF = 128, 2, 4, 320
 WIDTH, LAYERS, HEADS, KV_HEADS, FF = 192, 4, 6, 2, 512
 HEAD = WIDTH // HEADS
-EPS_V, EPS = 1e-6, 1e-5
 
 
 def question_tokens(question: str) -> list[int]:
@@ -63,67 +63,6 @@ def question_tokens(question: str) -> list[int]:
 
 def answer_tokens(answer: str) -> list[int]:
     return [*answer.encode(), END]
-
-
-class Block(nn.Module):
-    """A transformer layer: of the text model (RMSNorm, RoPE, SwiGLU) or of the ViT (LayerNorm, GELU)."""
-
-    def __init__(self, width: int, heads: int, kv_heads: int, ff: int, *, text: bool) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head, self.text = heads, kv_heads, width // heads, text
-        self.n1: nn.Module = nn.RMSNorm(width, eps=EPS) if text else nn.LayerNorm(width, eps=EPS_V)
-        self.n2: nn.Module = nn.RMSNorm(width, eps=EPS) if text else nn.LayerNorm(width, eps=EPS_V)
-        self.q = nn.Linear(width, width, bias=not text)
-        self.k = nn.Linear(width, kv_heads * self.head, bias=not text)
-        self.v = nn.Linear(width, kv_heads * self.head, bias=not text)
-        self.o = nn.Linear(width, width, bias=not text)
-        self.up = nn.Linear(width, ff, bias=not text)
-        self.down = nn.Linear(ff, width, bias=not text)
-        if text:
-            self.gate = nn.Linear(width, ff, bias=False)
-
-    def forward(
-        self, x: Tensor, masks: tuple[Tensor, Tensor] | None = None, rope: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """x: [batch, tokens, width]; masks, rope: as `DemoVLM.forward` makes them, for the text model only."""
-        batch, tokens, width = x.shape
-        y = self.n1(x)
-        q = self.q(y).view(batch, tokens, self.heads, self.head)
-        k = self.k(y).view(batch, tokens, self.kv_heads, self.head)
-        v = self.v(y).view(batch, tokens, self.kv_heads, self.head)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-            k = k.repeat_interleave(self.heads // self.kv_heads, 2)
-            v = v.repeat_interleave(self.heads // self.kv_heads, 2)
-        q, k, v = q.transpose(1, 2) * self.head**-0.5, k.permute(0, 2, 3, 1), v.transpose(1, 2)
-        if masks is None:
-            out = functional.scaled_dot_product_attention(q, k.transpose(-1, -2), v, scale=1.0)
-        else:
-            # Prefix tokens see the prefix only: two products are cheaper than one over everything.
-            prefix, segments = masks
-            n = prefix.shape[-1]
-            out = torch.cat(
-                [
-                    functional.softmax(q[:, :, :n] @ k[..., :n] + prefix, -1, dtype=q.dtype) @ v[:, :, :n],
-                    functional.softmax(q[:, :, n:] @ k + segments, -1, dtype=q.dtype) @ v,
-                ],
-                2,
-            )
-        x = x + self.o(out.transpose(1, 2).reshape(batch, tokens, width))
-        y = self.n2(x)
-        if self.text:
-            return x + self.down(functional.silu(self.gate(y)) * self.up(y))
-        return x + self.down(functional.gelu(self.up(y), approximate="tanh"))
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding on neighbouring pairs, as llama.cpp's llama architecture has it.
-
-    x: [batch, tokens, heads, head].
-    """
-    cos, sin = rope
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
 class DemoVLM(nn.Module):
@@ -149,10 +88,7 @@ class DemoVLM(nn.Module):
 
     def image(self, pictures: Tensor) -> Tensor:
         """Visual tokens [batch, N_PATCH, WIDTH] of pictures, uint8 [batch, SIZE, SIZE, 3]."""
-        batch = pictures.shape[0]
-        x = (pictures.float() / 255 - 0.5) / 0.5
-        x = x.view(batch, GRID, CELL, GRID, CELL, 3).permute(0, 1, 3, 5, 2, 4).reshape(batch, N_PATCH, -1)
-        x = self.patch(x) + self.vpos
+        x = self.patch(patches(pictures, CELL)) + self.vpos
         for block in self.vit:
             x = block(x)
         return self.p2(functional.gelu(self.p1(self.post(x)), approximate="tanh"))
@@ -254,70 +190,32 @@ def produce(
 
 
 def train(args: argparse.Namespace) -> None:
-    """Muon for the layers' matrices, AdamW for the rest; goes on from a checkpoint."""
+    """Train, from where the checkpoint is on."""
     torch.manual_seed(0)
     last = args.steps + args.refine
     model = DemoVLM()
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("blocks" in name or "vit" in name)]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.01, momentum=0.95)
-    adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    peaks = [(muon, 2e-2), (adam, 2e-3)]
-    first = 0
-    if args.checkpoint.exists():
-        saved = torch.load(args.checkpoint)
-        model.load_state_dict(saved["model"])
-        if "muon" in saved:
-            muon.load_state_dict(saved["muon"])
-            adam.load_state_dict(saved["adam"])
-        first = saved["step"]
+    training = Training(model, args.checkpoint)
     compiled = torch.compile(model)
-    queue: multiprocessing.Queue[list[npt.NDArray[np.generic]]] = multiprocessing.Queue(4)
-    multiprocessing.Process(
-        target=produce, args=(queue, first, args.steps, args.refine, args.batch), daemon=True
-    ).start()
+    queue = produced(produce, training.first, args.steps, args.refine, args.batch)
     start = time.monotonic()
-    for step in range(first, last):
-        scale = rate_scale(step, first, args.steps, args.refine)
-        for optimizer, peak in peaks:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * scale
+    for step in training.steps(last):
         pictures, cells, ids, target, segment, pos = (torch.from_numpy(column) for column in queue.get())
         with torch.autocast("cpu", torch.bfloat16):
             visual, logits = compiled(pictures, ids, segment, pos)
             loss = functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=-100)
             glyphs = functional.cross_entropy(model.aux(visual).float().flatten(0, 1), cells.long().flatten())
             total = loss + (0.3 * glyphs if step < args.steps / 2 else 0)
-        total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in peaks:
-            optimizer.step()
-            optimizer.zero_grad()
+        training.descend(total, rate_scale(step, training.first, args.steps, args.refine))
         if step % 10 == 0:
             print(
                 f"{step} loss {loss.item():.3f} glyphs {glyphs.item():.3f} {time.monotonic() - start:.0f} s", flush=True
             )
-        if step % 50 == 49 or step == last - 1:
-            state = {
-                "model": model.state_dict(),
-                "muon": muon.state_dict(),
-                "adam": adam.state_dict(),
-                "step": step + 1,
-            }
-            torch.save(state, args.checkpoint)
-
-
-def load(checkpoint: Path) -> DemoVLM:
-    model = DemoVLM()
-    model.load_state_dict(torch.load(checkpoint)["model"])
-    model.eval()
-    return model
 
 
 @torch.inference_mode()
 def evaluate(args: argparse.Namespace) -> None:
     """Exact match: a greedy answer is right if and only if, given the right answer, every next token is."""
-    model = load(args.checkpoint)
+    model = load(DemoVLM(), args.checkpoint)
     right = dict.fromkeys(TASKS, 0)
     asked = dict.fromkeys(TASKS, 0)
     for seed in range(args.documents):
@@ -361,7 +259,7 @@ def check(args: argparse.Namespace) -> None:
     """Ask one question about each of many held-out documents, in torch and through llama.cpp and mtmd."""
     from edge_shiftkv import Runtime
 
-    model = load(args.checkpoint)
+    model = load(DemoVLM(), args.checkpoint)
     differ = []
     text = args.dest / f"demo-text-{args.type}.gguf"
     with Runtime(str(text), mmproj=str(args.dest / "demo-mmproj-f16.gguf"), n_ctx=N_CONTEXT) as runtime:
@@ -388,11 +286,6 @@ def byte_tokens() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)}
     moved: Iterator[int] = iter(range(256, 512))
     return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
-
-
-def linear(name: str, layer: nn.Linear) -> dict[str, Tensor]:
-    parameters = {f"{name}.weight": layer.weight}
-    return parameters if layer.bias is None else {**parameters, f"{name}.bias": layer.bias}
 
 
 def export_text(model: DemoVLM, path: Path, file_type: gguf.GGMLQuantizationType) -> None:
@@ -445,25 +338,10 @@ def export_text(model: DemoVLM, path: Path, file_type: gguf.GGMLQuantizationType
 
 
 def export_projector(model: DemoVLM, path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "clip")
-    writer.add_name("edge_shiftkv demo document reader, vision")
-    writer.add_license("mit")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", True)  # the tanh form
-    writer.add_uint32("clip.vision.image_size", SIZE)
-    writer.add_uint32("clip.vision.patch_size", CELL)
-    writer.add_uint32("clip.vision.embedding_length", V_WIDTH)
-    writer.add_uint32("clip.vision.feed_forward_length", V_FF)
-    writer.add_uint32("clip.vision.projection_dim", WIDTH)
-    writer.add_uint32("clip.vision.block_count", V_LAYERS)
-    writer.add_uint32("clip.vision.attention.head_count", V_HEADS)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", EPS_V)
-    writer.add_array("clip.vision.image_mean", [0.5] * 3)
-    writer.add_array("clip.vision.image_std", [0.5] * 3)
-    writer.add_array("clip.vision.feature_layer", [V_LAYERS])  # LLaVA's graph stops one layer early without it
+    from edge_shiftkv.page_reader import Tower, mmproj_writer
 
+    tower = Tower(V_WIDTH, V_FF, V_LAYERS, V_HEADS, EPS_V)
+    writer = mmproj_writer(path, "edge_shiftkv demo document reader, vision", SIZE, WIDTH, tower)
     tensors: dict[str, Tensor] = {
         "v.patch_embd.weight": model.patch.weight.view(V_WIDTH, 3, CELL, CELL),
         "v.position_embd.weight": model.vpos,
@@ -471,32 +349,13 @@ def export_projector(model: DemoVLM, path: Path) -> None:
         "v.post_ln.bias": model.post.bias,
         **linear("mm.0", model.p1),
         **linear("mm.2", model.p2),
+        **vit_layers(model.vit),
     }
-    names = {"n1": "ln1", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_out"}
-    for i, block in enumerate(model.vit):
-        for ours, theirs in {**names, "n2": "ln2", "up": "ffn_up", "down": "ffn_down"}.items():
-            tensors |= linear(f"v.blk.{i}.{theirs}", getattr(block, ours))
     write(writer, tensors, gguf.GGMLQuantizationType.F16)
 
 
-def write(writer: gguf.GGUFWriter, tensors: dict[str, Tensor], matrix_type: gguf.GGMLQuantizationType) -> None:
-    """Write tensors, matrices as `matrix_type`, the rest (and position embeddings, which llama.cpp adds) as f32."""
-    for name, tensor in tensors.items():
-        data = tensor.detach().float().numpy()
-        if data.ndim == 1 or "position_embd" in name:
-            writer.add_tensor(name, data)
-        elif matrix_type == gguf.GGMLQuantizationType.F16:
-            writer.add_tensor(name, data.astype(np.float16))
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(data, matrix_type), raw_dtype=matrix_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def export(args: argparse.Namespace) -> None:
-    model = load(args.checkpoint)
+    model = load(DemoVLM(), args.checkpoint)
     args.dest.mkdir(parents=True, exist_ok=True)
     export_text(model, args.dest / "demo-text-q8_0.gguf", gguf.GGMLQuantizationType.Q8_0)
     export_text(model, args.dest / "demo-text-f16.gguf", gguf.GGMLQuantizationType.F16)

@@ -29,9 +29,9 @@ from intervals import wilson
 from page_pictures import FONTS, LINE_BREAK, TRAINED, paint
 from torch import Tensor, nn
 from torch.nn import functional
-from train_demo_vlm import EPS_V, Block, linear, write
+from training import EPS_V, Block, Training, linear, load, patches, produced, vit_layers, write
 
-from edge_shiftkv.page_reader import CELL, CHARS, MAX_CELLS, VIT
+from edge_shiftkv.page_reader import CELL, CHARS, MAX_CELLS, VIT, Tower
 
 WIDTH, LAYERS, HEADS, FF = 192, 2, 4, 448
 N_UNITS = LINE_BREAK + 1
@@ -60,13 +60,10 @@ class PageReader(nn.Module):
 
         row, column: of the position embeddings, where the page begins.
         """
-        batch, side = pictures.shape[:2]
-        n = side // CELL
-        x = (pictures.float() / 255 - 0.5) / 0.5
-        x = x.view(batch, n, CELL, n, CELL, 3).permute(0, 1, 3, 5, 2, 4).reshape(batch, n * n, -1)
+        n = pictures.shape[1] // CELL
         places = self.rows[row : row + n, None] + self.columns[None, column : column + n]
         places = torch.cat([places[:, :-1], places[:, -1:] + self.last], 1)
-        x = self.patch(x) + places.reshape(n * n, WIDTH)
+        x = self.patch(patches(pictures, CELL)) + places.reshape(n * n, WIDTH)
         for block in self.vit:
             x = block(x)
         hidden: Tensor = self.p1(self.post(x))
@@ -128,32 +125,14 @@ def rate_scale(step: int, steps: int, refine: int) -> float:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Muon for the layers' matrices, AdamW for the rest; goes on from a checkpoint."""
+    """Train, from where the checkpoint is on."""
     torch.manual_seed(0)
     last = args.steps + args.refine
     model = PageReader()
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "vit" in name]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=2e-2, weight_decay=0.01, momentum=0.95)
-    adam = torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    peaks = [(muon, 2e-2), (adam, 2e-3)]
-    first = 0
-    if args.checkpoint.exists():
-        saved = torch.load(args.checkpoint)
-        model.load_state_dict(saved["model"])
-        if "muon" in saved:
-            muon.load_state_dict(saved["muon"])
-            adam.load_state_dict(saved["adam"])
-        first = saved["step"]
-    # A short queue: the producer waits for the trainer, not the other way round.
-    queue: multiprocessing.Queue[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]] = multiprocessing.Queue(4)
-    multiprocessing.Process(target=produce, args=(queue, first, last), daemon=True).start()
+    training = Training(model, args.checkpoint)
+    queue = produced(produce, training.first, last)
     start = time.monotonic()
-    for step in range(first, last):
-        scale = rate_scale(step, args.steps, args.refine)
-        for optimizer, peak in peaks:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * scale
+    for step in training.steps(last):
         pictures, units = (torch.from_numpy(column) for column in queue.get())
         spare = MAX_CELLS - pictures.shape[1] // CELL + 1
         row, column = torch.randint(spare, (2,)).tolist()
@@ -162,31 +141,17 @@ def train(args: argparse.Namespace) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model(pictures, row, column)
         loss = loss_of(hidden, units)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in peaks:
-            optimizer.step()
-            optimizer.zero_grad()
+        training.descend(loss, rate_scale(step, args.steps, args.refine))
         if step % 20 == 0:
             inked = (units != 0) & (units != LINE_BREAK)
             right = (hidden.argmax(-1) == units)[inked].float().mean().item()
             print(f"{step} loss {loss.item():.3f} right {right:.4f} {time.monotonic() - start:.0f} s", flush=True)
-        if step % 50 == 49 or step == last - 1:
-            state = {"muon": muon.state_dict(), "adam": adam.state_dict(), "step": step + 1}
-            torch.save({"model": model.state_dict(), **state}, args.checkpoint)
-
-
-def load(checkpoint: Path) -> PageReader:
-    model = PageReader()
-    model.load_state_dict(torch.load(checkpoint)["model"])
-    model.eval()
-    return model
 
 
 @torch.inference_mode()
 def evaluate(args: argparse.Namespace) -> None:
     """Inked cells read right, and how far the GELU is from one-hot."""
-    model = load(args.checkpoint)
+    model = load(PageReader(), args.checkpoint)
     for n in SIZES[1:]:
         for what, fonts in (("trained", range(len(TRAINED))), ("held out", range(len(TRAINED), len(FONTS)))):
             right = inked = 0
@@ -211,17 +176,13 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write the GGUF file that `page_reader.py` makes mmprojs from."""
-    model = load(args.checkpoint)
+    model = load(PageReader(), args.checkpoint)
     writer = gguf.GGUFWriter(args.dest, "clip")
     writer.add_name("edge_shiftkv page reader, vision tower")
     writer.add_description("Not an mmproj yet: scripts/page_reader.py adds a language model's rows of characters.")
     writer.add_license("mit")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_uint32("clip.vision.embedding_length", WIDTH)
-    writer.add_uint32("clip.vision.feed_forward_length", FF)
-    writer.add_uint32("clip.vision.block_count", LAYERS)
-    writer.add_uint32("clip.vision.attention.head_count", HEADS)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", EPS_V)
+    Tower(WIDTH, FF, LAYERS, HEADS, EPS_V).add(writer)
     tensors: dict[str, Tensor] = {
         "v.patch_embd.weight": model.patch.weight.view(WIDTH, 3, CELL, CELL),
         "v.patch_embd.bias": model.patch.bias,
@@ -231,11 +192,8 @@ def export(args: argparse.Namespace) -> None:
         "v.post_ln.weight": model.post.weight,
         "v.post_ln.bias": model.post.bias,
         **linear("mm.0", model.p1),
+        **vit_layers(model.vit),
     }
-    names = {"n1": "ln1", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_out"}
-    for i, block in enumerate(model.vit):
-        for ours, theirs in {**names, "n2": "ln2", "up": "ffn_up", "down": "ffn_down"}.items():
-            tensors |= linear(f"v.blk.{i}.{theirs}", getattr(block, ours))
     write(writer, tensors, gguf.GGMLQuantizationType.F16)
 
 
