@@ -26,11 +26,6 @@ from edge_shiftkv.stream import Stream
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
-_WITHOUT_EFFECT = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
-    *("prompt_cache_retention", "reasoning_effort", "verbosity", "parallel_tool_calls"),
-)
-
 _NO_TOOLS = "tools are not supported: describe them in a message, and ask for JSON with response_format"
 # What is not supported, values of it that ask for nothing, and what to do.
 _UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {

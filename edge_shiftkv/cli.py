@@ -116,13 +116,13 @@ def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "answer a prompt, with pictures, from a KV cache cut to a budget"
     parser = commands.add_parser("run", help=text, description=text)
-    _add_model(parser)
+    add_model(parser)
     _add_prefill(parser)
     _add_draft(parser)
     parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="a picture; repeatable")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
     parser.add_argument("--raw", action="store_true", help="continue the text, without the model's chat template")
-    _add_sampling(parser)
+    add_sampling(parser)
     parser.add_argument("--stats", action="store_true", help="print figures to stderr")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_heatmap(parser)
@@ -132,26 +132,26 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_chat(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "talk with a model, about pictures, too; /help there lists what can be done"
     parser = commands.add_parser("chat", help=text, description=text)
-    _add_model(parser)
+    add_model(parser)
     _add_draft(parser)
     parser.add_argument(
         "--image", action="append", default=[], metavar="PICTURE", help="a picture of the first message; repeatable"
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the first message")
-    _add_sampling(parser)
+    add_sampling(parser)
     parser.set_defaults(run=_run)
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "answer OpenAI clients over HTTP, one request at a time, with a page to try it in a browser"
     parser = commands.add_parser("serve", help=text, description=text)
-    _add_model(parser)
+    add_model(parser)
     _add_prefill(parser)
     _add_draft(parser)
     # Requests come from others: without a folder they may not name files at all.
     parser.set_defaults(run=_run, image_root=False)
-    _add_sampling(parser)
+    add_sampling(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="the address to serve at (default: %(default)s)")
     group.add_argument("--port", type=int, default=8080, help="default: %(default)s; 0 takes a free one")
@@ -179,7 +179,7 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--quiet", action="store_true", help="no line on stderr for each request")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     """What models are loaded, and how: `commands.settings.load_runtime` takes it."""
     group = parser.add_argument_group("model")
     model = group.add_mutually_exclusive_group(required=True)
@@ -246,7 +246,7 @@ def _add_draft(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft-mmproj", metavar="GGUF", help="the draft's own vision encoder and projector")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How answers are written: `commands.settings.request_options` takes it."""
     group = parser.add_argument_group("answers")
     group.add_argument("-n", "--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
@@ -290,9 +290,9 @@ def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "-o", "--out", required=True, type=Path, metavar="OUT.jsonl", help="answers; what is there is gone on with"
     )
-    _add_model(parser)
+    add_model(parser)
     _add_prefill(parser)
-    _add_sampling(parser)
+    add_sampling(parser)
     group = parser.add_argument_group("batch")
     group.add_argument(
         "--parallel",
@@ -301,7 +301,7 @@ def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="N",
         help="answers written at a time; auto, the default, tries what pays",
     )
-    group.add_argument("--limit", type=_at_least_one, metavar="N", help="the first N rows only")
+    group.add_argument("--limit", type=at_least_one, metavar="N", help="the first N rows only")
     group.add_argument("--row-timeout", type=float, metavar="SECONDS", help="a row that takes longer is an error")
     group.add_argument("--retry-errors", action="store_true", help="do the rows again that are errors")
     group.add_argument("--restart", action="store_true", help="throw away the answers that are there")
@@ -313,10 +313,11 @@ def _add_batch(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _parallel(text: str) -> int | str:
-    return text if text == "auto" else _at_least_one(text)
+    return text if text == "auto" else at_least_one(text)
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
+    """The type of an argument that counts."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from edge_shiftkv.batch.jobs import JsonRows, PictureRows, check_rows
 from edge_shiftkv.batch.worker import JobRow
-from edge_shiftkv.cli import _add_model, _add_sampling
+from edge_shiftkv.cli import add_model, add_sampling, at_least_one
 from edge_shiftkv.commands.batch import INTERRUPTED, SOME_ERRORS
 from edge_shiftkv.commands.settings import answers_depend_on, request_options, runtime_settings
 from edge_shiftkv.errors import PromptError, SettingError, ShiftKVError
@@ -288,10 +288,11 @@ def _connect(arguments: argparse.Namespace, source: Rows) -> None:
     """Join the cluster, or begin one. Raises SettingError where it is too small: a run would wait forever."""
     if not ray.is_initialized():
         ray.init(address=arguments.address, log_to_driver=False, logging_level=logging.WARNING)
-    ray.data.configure_logging()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what ends the run is told once, by `main`
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.addFilter(_is_no_error)
     ray.data.DataContext.get_current().enable_progress_bars = False
     there = ray.cluster_resources()
     for name, each, more in (("CPU", arguments.threads, source.n_cpus), ("GPU", arguments.gpus, 0)):
@@ -301,6 +302,10 @@ def _connect(arguments: argparse.Namespace, source: Rows) -> None:
             raise SettingError(
                 f"--actors {arguments.actors} need {needed:g} {name}s{reads}: the cluster has {there.get(name, 0):g}"
             )
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR  # what ends the run is told once, by `main`
 
 
 def _answer(
@@ -428,27 +433,28 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--prompt-column", metavar="NAME", help="what is asked")
     group.add_argument("--image-column", metavar="NAME", help="the picture: a path, its bytes, or a list of these")
     group.add_argument("--body-column", metavar="NAME", help="bodies of OpenAI's chat API")
-    _add_model(parser)
+    add_model(parser)
     parser.set_defaults(threads=1)
-    _add_sampling(parser)
+    add_sampling(parser)
     group = parser.add_argument_group("cluster")
     group.add_argument("--address", metavar="HOST:PORT", help="of Ray's head (default: this machine's cluster, if any)")
-    group.add_argument("--actors", type=_count, required=True, metavar="N", help="copies of the model, --threads each")
-    group.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of each (default: 0)")
-    group.add_argument("--parallel", type=_count, default=8, metavar="N", help="answers that each writes at a time")
     group.add_argument(
-        "--rows-per-file", type=_count, default=64, metavar="N", help="rows that are given out and written together"
+        "--actors", type=at_least_one, required=True, metavar="N", help="copies of the model, --threads each"
+    )
+    group.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of each (default: 0)")
+    group.add_argument(
+        "--parallel", type=at_least_one, default=8, metavar="N", help="answers that each writes at a time"
+    )
+    group.add_argument(
+        "--rows-per-file",
+        type=at_least_one,
+        default=64,
+        metavar="N",
+        help="rows that are given out and written together",
     )
     group.add_argument("--row-timeout", type=float, metavar="SECONDS", help="a row that takes longer is an error")
     group.add_argument("--retry-errors", action="store_true", help="do the rows again that are errors")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of the server's page for the docs: ``page_picture.py OUT.png PICTURE QUESTION... -- SERVE...``.
+"""Pictures of the server's page for the docs: ``server_screenshot.py OUT.png PICTURE QUESTION... -- SERVE...``.
 
 QUESTION: what is asked, one after the other; each may begin with a budget in percent and a colon, as in "25:What?".
 SERVE: arguments of ``edge-shiftkv serve``, which is run.

@@ -25,10 +25,6 @@ class Alignment:
         """The draft tokens that are aligned with a target token, ascending."""
         return [i for i, j in self.path if j == target]
 
-    def target_of(self, draft: int) -> list[int]:
-        """The target tokens that are aligned with a draft token, ascending."""
-        return [j for i, j in self.path if i == draft]
-
 
 def align(draft: Sequence[bytes], target: Sequence[bytes], *, band: int = 32) -> Alignment:
     """Align two sequences of tokens, given as their bytes; a space at their beginning does not count.

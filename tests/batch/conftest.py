@@ -1,12 +1,8 @@
 """A batch of requests about documents, and the command that answers it with the shipped model."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
+from demo_documents import make_document
 from support.cases import GEMMA3, MAMBA
 from support.gguf_random import write_model
+from support.threads import in_a_thread
 
 from edge_shiftkv import (
     METHODS,
@@ -34,9 +34,6 @@ from edge_shiftkv.engine import Engine
 from edge_shiftkv.native.llama import Context
 from edge_shiftkv.native.mtmd import Projector
 from edge_shiftkv.speculative.options import DraftOptions
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from demo_documents import make_document
 
 NO_END = {257: -100.0}  # the token that ends the demo model's answers
 PROMPT = "What is on the picture? " * 3
@@ -442,12 +439,6 @@ def at_step(monkeypatch):
 
 
 ROWS = [{"prompt": f"Read line {i}.", "max_tokens": 12, "logit_bias": NO_END} for i in range(7)]
-
-
-def in_a_thread(function):
-    thread = threading.Thread(target=function)
-    thread.start()
-    thread.join()
 
 
 @pytest.mark.parametrize("end", ["cancel", "sigint"])

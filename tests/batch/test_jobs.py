@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from batch_kills import answers, entries, run_with_kills
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
@@ -24,9 +25,6 @@ from edge_shiftkv import Runtime, SettingError, ShiftKVError, cli
 from edge_shiftkv.batch import worker
 from edge_shiftkv.batch.out_file import OutFile
 from edge_shiftkv.batch.parallel import choose_parallel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from batch_kills import answers, entries, run_with_kills
 
 ERRORS = {
     "no picture": "image",

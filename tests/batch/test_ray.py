@@ -13,19 +13,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import batch_ray
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
-
-from edge_shiftkv import Runtime, SettingError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import batch_ray
 from demo_documents import make_document
 from support.howto import ROOT
 
+from edge_shiftkv import Runtime, SettingError
 from edge_shiftkv.ray import ANSWER_COLUMNS, Predictor
 
 N_PICTURES = 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from demo_documents import make_document
+from page_documents import make_page
 from PIL import Image
 
 from edge_shiftkv import cli
 from edge_shiftkv.commands import demo as command
 from edge_shiftkv.commands.demo import is_right
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from demo_documents import make_document
-from page_documents import make_page
 
 SEED = 2  # of the receipt
 LABEL, COLUMN = 16, 28  # of a line of 100 columns: the label, and each of three columns

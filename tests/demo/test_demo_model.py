@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from demo_documents import TASKS, Document, Question, make_document
 
 from edge_shiftkv import Runtime
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from demo_documents import TASKS, Document, Question, make_document
 
 DOCUMENTS = 12
 

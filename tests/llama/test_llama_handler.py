@@ -12,12 +12,12 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter, LlamaChatCompletion
 from support import tiny_models
 from support.gguf_random import Spec, write_model
 from support.ledger import Ledger
+from support.llama_draft import Counting
 
 from edge_shiftkv import (
     ClosedError,
     ContextOverflowError,
     ImageError,
-    LlamaDraft,
     ModelError,
     PromptError,
     Runtime,
@@ -323,18 +323,6 @@ def merge_lora(model, lora, path):
             data[start : start + tensor.data.nbytes] = changed.astype(np.float32).tobytes()
     path.write_bytes(data)
     return path
-
-
-class Counting(LlamaDraft):
-    """Counts what it proposes."""
-
-    n_calls = n_proposed = 0
-
-    def __call__(self, input_ids, /, **kwargs):
-        proposed = super().__call__(input_ids, **kwargs)
-        self.n_calls += 1
-        self.n_proposed += len(proposed)
-        return proposed
 
 
 def test_with_a_draft(demo, ours):

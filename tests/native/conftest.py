@@ -10,10 +10,6 @@ from support.gguf_random import Spec
 from support.native import Model
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "device: also meant for a GPU backend, with EDGE_SHIFTKV_TEST_GPU_LAYERS")
-
-
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
     """Write and load a random model: the same one for the same spec."""

@@ -8,6 +8,7 @@ import threading
 from contextlib import closing
 
 import pytest
+from support.threads import in_a_thread
 
 from edge_shiftkv import CancelledError, Runtime, ShiftKVError, TimeLimitError
 from edge_shiftkv.native import calls, logs
@@ -96,12 +97,6 @@ def test_the_other_computations_end_early(tiny, monkeypatch, where, then, error)
                 runtime.generate(PROMPT, [tiny.picture], max_tokens=8)
         assert n_asked == [N_ASKED]
         assert runtime.generate(PROMPT, [tiny.picture], max_tokens=8).text == expected
-
-
-def in_a_thread(function):
-    thread = threading.Thread(target=function)
-    thread.start()
-    thread.join()
 
 
 @pytest.mark.parametrize("kv_budget", [None, 24])

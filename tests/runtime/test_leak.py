@@ -1,23 +1,13 @@
-import ctypes
-import gc
 import sys
-from pathlib import Path
 
 import pytest
+from support.memory import resident_bytes
 
 from edge_shiftkv import PromptError, Runtime
 from edge_shiftkv.speculative.options import DraftOptions
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 PROMPT = "What is on the picture? " * 3
-
-
-def resident_bytes() -> int:
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; without it freed memory stays resident at times
-    if trim:
-        trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def assert_bounded(request, n: int) -> None:

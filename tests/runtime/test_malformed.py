@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,11 +16,8 @@ from edge_shiftkv.native.gguf_check import check_mmproj
 
 pytest.importorskip("resource", reason="the fuzzer limits its workers' memory, which needs POSIX")
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import fuzz  # noqa: E402
-from gguf_damage import ARRAY, FLOAT32, STRING, UINT32, File, Tensor, parse  # noqa: E402
+import fuzz
+from gguf_damage import ARRAY, FLOAT32, STRING, UINT32, File, Tensor, parse
 
 Damage = Callable[[File], None]
 LIMIT_S = 60.0

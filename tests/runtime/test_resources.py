@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.ledger import Ledger
+from support.memory import resident_bytes
 
 from edge_shiftkv import PromptError, Runtime, ShiftKVError
 from edge_shiftkv.sampling import Sampler, Sampling
@@ -140,13 +139,6 @@ def test_what_does_not_load_is_freed(tiny, tmp_path, ledger):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_samplers_leave_no_memory_behind():
     """Many, as a chain takes some hundred bytes, which a thousand requests hide."""
-
-    def resident_bytes() -> int:
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
-            trim(0)
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     model: Any = SimpleNamespace(n_vocab=4, suppressed_tokens=[])
 

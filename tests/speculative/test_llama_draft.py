@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 from support import tiny_models
+from support.llama_draft import Counting
 from support.speakers import SENTENCES, write_speaker
 
 from edge_shiftkv import ModelError, ShiftKVError
@@ -18,18 +19,6 @@ PROMPTS = (SENTENCES[1], SENTENCES[1][:30], SENTENCES[3])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("speakers")
-
-
-class Counting(LlamaDraft):
-    """Counts what it proposes."""
-
-    n_calls = n_proposed = 0
-
-    def __call__(self, input_ids, /, **kwargs):
-        proposed = super().__call__(input_ids, **kwargs)
-        self.n_calls += 1
-        self.n_proposed += len(proposed)
-        return proposed
 
 
 def complete(llama, prompt):

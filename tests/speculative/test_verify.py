@@ -1,19 +1,10 @@
 """The rules on models small enough to enumerate, drafted for by others."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
-
-from edge_shiftkv.sampling import Choices, Noise, Sampler, Sampling
-from edge_shiftkv.speculative.records import Proposal
-from edge_shiftkv.speculative.rules import Coupled, Greedy, rule_for
-from edge_shiftkv.speculative.verify import verify
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from spec_rules import (
     DRAFTS,
     MODEL,
@@ -26,6 +17,11 @@ from spec_rules import (
     measure,
     probabilities,
 )
+
+from edge_shiftkv.sampling import Choices, Noise, Sampler, Sampling
+from edge_shiftkv.speculative.records import Proposal
+from edge_shiftkv.speculative.rules import Coupled, Greedy, rule_for
+from edge_shiftkv.speculative.verify import verify
 
 N_TEXTS = 6000
 

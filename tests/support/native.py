@@ -65,7 +65,6 @@ c_select_size = c_function("select_size", ctypes.c_int64, _pointer, _pointer, _u
 c_compact = c_function("compact", _i32, _pointer, _pointer, _i32)
 c_by_layer = c_function("by_layer", _i32, _pointer, _u32, _u32)
 c_next_layer = c_function("next_layer", _i32, _pointer, _pointer, _pointer, _size, _pointer, _i32)
-c_n_query = c_function("n_query", _i32, _pointer)
 c_get_info = c_function("get_info", _i32, _pointer, _pointer)
 c_get_layers = c_function("get_layers", _i32, _pointer, _pointer, _size)
 c_get_shape = c_function("get_shape", _i32, _pointer, _i32, _pointer)

@@ -6,7 +6,6 @@ prompt tokens; N proxies in G groups of g = N / G; H query heads; Hkv KV heads w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +13,6 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
-
-QueryPath = Callable[[Array, Ints], Array]
-"""A layer's way from hidden states [n, n_embd] at positions [n] to queries [n, H, d]."""
 
 
 @dataclass(frozen=True)
