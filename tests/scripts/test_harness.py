@@ -28,8 +28,8 @@ def test_a_ratio_is_of_rounds() -> None:
 
 
 def test_each_round_begins_with_another_one() -> None:
-    orders = [harness.turned("abc", i) for i in range(-1, 3)]
-    assert ["".join(order) for order in orders] == ["cab", "abc", "bca", "cab"]
+    orders = [harness.turned("abc", i) for i in range(-1, 5)]
+    assert ["".join(order) for order in orders] == ["cab", "abc", "bca", "cab", "abc", "bca"]
 
 
 def test_a_file_is_gone_on_with_where_its_last_line_is_whole(tmp_path: Path) -> None:

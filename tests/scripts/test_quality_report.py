@@ -45,6 +45,7 @@ ROWS = [
     row("list", "mixed", "64", 64, 0),
     row("list", "keydiff", "64", 64, 1),
     row("list", "mixed", "64", 64, 0, kv="q8_0/q4_0", bytes=0.05),
+    row("list", "mixed", "64", 64, 0, kv="q8_0/q4_0", bytes=0.07),
     row("list", "full", "all", 600, 0, kv="q8_0/q4_0", bytes=0.40625),
     {**row("list after look-up", "full", "all", 600, 1), "suite": "pages-second"},
 ]
@@ -86,6 +87,7 @@ def test_csv_and_plots(tmp_path: Path) -> None:
     found = binomtest(1, 5).proportion_ci(method="wilson")
     assert [float(one[name]) for name in ("low", "high")] == pytest.approx([found.low, found.high], abs=1e-3)
     assert written["list", "full, q8_0/q4_0", "all"]["bytes"] == "0.40625"
+    assert float(written["list", "mixed, q8_0/q4_0", "64"]["bytes"]) == pytest.approx(0.06)
     plots = {path.name: path for path in (tmp_path / "plots").iterdir()}
     pairs = {"pages-all-tasks.png", "pages-look-up.png", "pages-list.png"}
     assert set(plots) == pairs | {"pages-all-tasks-bytes.png", "pages-list-bytes.png"}
