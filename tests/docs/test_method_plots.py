@@ -6,19 +6,16 @@ import csv
 import re
 import sys
 
+import method_plots
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex
+from method_plots import CARDS, PANELS, draw, read
 from PIL import Image
+from quality_tasks import cases
 from scipy.stats import binomtest
 from support.howto import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import method_plots
-from method_plots import CARDS, PANELS, draw, read
-from quality_tasks import cases
 
 from edge_shiftkv.selection.methods import METHODS
 
