@@ -5,7 +5,7 @@ from __future__ import annotations
 UPSTREAM_VERSION = "0.3.36"
 """The one llama-cpp-python release the patches are written for."""
 
-LOCAL_VERSION = "shiftkv.6"
+LOCAL_VERSION = "shiftkv.7"
 """Raise the number when a released set of patches changes, so that an older build is known as one."""
 
 WHEEL_VERSION = f"{UPSTREAM_VERSION}+{LOCAL_VERSION}"

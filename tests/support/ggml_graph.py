@@ -1,11 +1,11 @@
-"""Products of ggml's CPU backend, with the weights in a buffer type of one's choice."""
+"""Products and attention of ggml's CPU backend, with the weights in a buffer type of one's choice."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import gguf
@@ -33,6 +33,7 @@ _tensor = _function("ggml_new_tensor", _P, _P, c_int, c_int, POINTER(c_int64))
 _mul_mat = _function("ggml_mul_mat", _P, _P, _P, _P)
 _mul_mat_id = _function("ggml_mul_mat_id", _P, _P, _P, _P, _P)
 _get_rows = _function("ggml_get_rows", _P, _P, _P, _P)
+_attention = _function("ggml_flash_attn_ext", _P, _P, _P, _P, _P, _P, c_float, c_float, c_float)
 _new_graph = _function("ggml_new_graph", _P, _P)
 _expand = _function("ggml_build_forward_expand", None, _P, _P)
 _alloc = _function("ggml_backend_alloc_ctx_tensors_from_buft", _P, _P, _P)
@@ -121,6 +122,53 @@ class Weights:
             _free_buffer(buffer)
         _free_backend(backend)
         return result
+
+
+def attention(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    kinds: tuple[gguf.GGMLQuantizationType, gguf.GGMLQuantizationType],
+    mask: np.ndarray,
+    n_threads: int,
+    softcap: float = 0.0,
+) -> np.ndarray:
+    """Flash attention of queries [n_head, n, d] over keys and values [n_head_kv, T, bytes]: [n, n_head, d of values].
+
+    kinds: the types of keys and values.
+    mask: [n, T] in float16, added to the logits.
+    """
+    backend = _cpu_init()
+    with _context() as context:
+
+        def new(kind: gguf.GGMLQuantizationType, array: np.ndarray, n_values: int) -> int:
+            return _new(context, kind, n_values, *array.shape[-2::-1])
+
+        def size(kind: gguf.GGMLQuantizationType, rows: np.ndarray) -> int:
+            block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+            return int(rows.shape[-1] // n_bytes * block)
+
+        d, d_value = size(kinds[0], keys), size(kinds[1], values)
+        sources = {
+            new(gguf.GGMLQuantizationType.F32, queries, d): queries,
+            new(kinds[0], keys, d): keys,
+            new(kinds[1], values, d_value): values,
+            new(gguf.GGMLQuantizationType.F16, mask, mask.shape[1]): mask,
+        }
+        result = np.empty((queries.shape[1], len(queries), d_value), np.float32)
+        product = _attention(context, *sources, d**-0.5, 0.0, softcap)
+        graph = _new_graph(context)
+        _expand(graph, product)
+        buffer = _alloc(context, _cpu_type())
+        for tensor, array in sources.items():
+            data = np.ascontiguousarray(array)
+            _set(tensor, data.ctypes.data, 0, data.nbytes)
+        _cpu_threads(backend, n_threads)
+        assert _compute(backend, graph) == 0
+        _get(product, result.ctypes.data, 0, result.nbytes)
+        _free_buffer(buffer)
+    _free_backend(backend)
+    return result
 
 
 def supports(
