@@ -11,7 +11,8 @@ of what is kept, several of them at a time. A method is a name, with settings wh
 ``paper:gamma=3,observed=0.5``. ``full`` is always measured. ``oracle`` ranks by the attention of the queries that the
 full cache's answer really asked, the most that a ranking by attention after prefill can know. ``prototype:gamma=3`` is
 a ranking in numpy, see kv_prototypes.py; it and the oracle are measured in f16 only. ``asked`` ranks by what some
-questions in general attend to, for prompts that are cut before there is a question. A budget is a number of KV pairs,
+questions in general attend to, for prompts that are cut before there is a question. ``paper+refit:ridge=1`` refits the
+values of what ``paper`` keeps, in f16 only, see kv_refit.py. A budget is a number of KV pairs,
 a share of the prompt such as ``1/8``, or a share of the bytes that the whole prompt has in f16, such as ``1/8B``, which
 is more pairs of a smaller KV type; with ``--budgets all`` only full caches are measured. The pages suites take any
 language model: the page reader is fitted to it, unless --mmproj names one. `run` writes each answer as it comes and
@@ -31,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ import numpy.typing as npt
 from harness import JsonLines, Row, add_options, markdown
 from kv_methods import configured, kv_types
 from kv_prototypes import Answered, Ranking, asked, oracle, prototype
+from kv_refit import MARK, Refit, Whole
 from PIL.Image import Image
 from quality_report import report
 from quality_tasks import PAGE_CELLS, SUITES, Case, cases
@@ -280,6 +282,10 @@ def ask(
                     return
                 yield from budgeted("oracle", Prototyped(oracle, Answered(large, asker.path, n_prompt, n_decoded)))
 
+            @cache
+            def whole() -> Whole:
+                return Whole(large, asker.path, n_prompt)
+
             n_cells = n_prompt if ("full", "all") not in done else max(size for _, size in sizes)
             n_cells += room
             with closing(asker.engine.context(n_cells, BATCH, n_outputs=BATCH, n_seq=N_PARALLEL)) as small:
@@ -290,7 +296,11 @@ def ask(
                         started = time.perf_counter()
                         select()
                         seconds, sequence = time.perf_counter() - started, free.pop(0)
-                        answer = begin(small, prefilled.hand_over(small, sequence), sequence)
+                        position = prefilled.hand_over(small, sequence)
+                        if MARK in label:
+                            refit = Refit.of(label.partition(MARK)[2])
+                            whole().write(refit, shiftkv.kept(large), small, sequence)
+                        answer = begin(small, position, sequence)
                         yield {**row(label, text, size, seconds), "sequence": sequence}, answer
 
                 for said in asker.side_by_side(small, begun(), case.max_tokens):
@@ -383,6 +393,7 @@ def run(args: argparse.Namespace) -> None:
 
 def method_of(text: str) -> Method | Ranking:
     """A method of the library, or a ranking in numpy; those that need more than a prompt are made where it is there."""
+    text = text.partition(MARK)[0]
     if text in ("oracle", "asked"):
         return oracle
     return prototype(text[len(PROTOTYPE) :]) if text.startswith(PROTOTYPE) else configured(text)
