@@ -110,8 +110,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
             for n in options.tokens:
                 for name in turned(libraries, i):
                     times[name][n].append(libraries[name].seconds(n))
-            if options.json:
-                write_json(options.json, {"model": options.model.name, "seconds": times})
+                if options.json:
+                    write_json(options.json, {"model": options.model.name, "seconds": times})
     return times
 
 
@@ -119,10 +119,17 @@ def table(times: dict[str, dict[int, list[float]]]) -> str:
     """Rows by number of tokens: milliseconds, the ratio to a pass over one token, and to the stock library."""
     rows: list[Row] = []
     for n in next(iter(times.values())):
-        row: Row = {"Tokens": n, **{f"{name}, ms": f"{1000 * np.median(of[n]):.1f}" for name, of in times.items()}}
-        row |= {f"{name}, passes over one": ratio(of[n], of[1], ".2f") for name, of in times.items() if 1 in of}
+        if not all(of[n] for of in times.values()):  # stopped before
+            continue
+        n_rounds = min(len(of[n]) for of in times.values())  # the last one may have been cut off
+        seconds = {name: of[n][:n_rounds] for name, of in times.items()}
+        row: Row = {"Tokens": n, **{f"{name}, ms": f"{1000 * np.median(of):.1f}" for name, of in seconds.items()}}
+        over_one = {
+            name: ratio(of, times[name][1][:n_rounds], ".2f") for name, of in seconds.items() if 1 in times[name]
+        }
+        row |= {f"{name}, passes over one": text for name, text in over_one.items()}
         if "stock" in times:
-            row["stock / patched"] = ratio(times["stock"][n], times["patched"][n], ".2f")
+            row["stock / patched"] = ratio(seconds["stock"], seconds["patched"], ".2f")
         rows.append(row)
     return markdown(rows)
 

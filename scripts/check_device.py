@@ -3,17 +3,20 @@
     edge-shiftkv build --cuda          # or --metal, --vulkan
     python scripts/check_device.py --out device.json
     python scripts/check_device.py --out device.json -m qwen2.5-1.5b.gguf --draft smollm2-135m.gguf --deepen 130
+    GGML_VK_VISIBLE_DEVICES=0 python scripts/check_device.py --rehearse    # all steps in small, on a software device
 
 Each step runs in a process of its own and has a share of --minutes; one that fails or takes longer is noted with what
 it had measured by then, and the next one begins, with what is left of the time. Models have random weights and the
 shape of LLaVA-7B's layers (3.6 GiB for all of them). What needs one that answers is left out without -m: many requests
 at once, and, without --draft, drafts; for those, --deepen gives the target the cost of a larger one (deepen_gguf.py).
+With --rehearse, every step is run on a small model with random weights: its figures say nothing of a device.
 The file has every single measurement; what is printed are tables in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -31,6 +34,7 @@ import bench_pass
 import deepen_gguf
 import harness
 import llama_cpp
+import synthetic_gguf
 
 from edge_shiftkv.build import WHEEL_VERSION
 from edge_shiftkv.doctor import probe
@@ -49,11 +53,38 @@ class Step:
     file: str | None = "--json"
 
 
+@dataclass(frozen=True)
+class Work:
+    """How much the steps do: tests, and the options of scripts for which there is none here."""
+
+    tests: tuple[str, ...]
+    passes: tuple[str, ...]
+    requests: tuple[str, ...]
+    drafts: tuple[str, ...]
+
+
+WORK = Work((".",), (), ("--requests", "8"), ("--prompts", "4", "--lengths", "4"))
+REHEARSAL = Work(
+    ("test_selection.py::test_architectures[llama-gqa-]", "test_handover.py::test_in_place[f16-32]"),
+    ("--tokens", "1", "4", "32"),
+    ("--requests", "2", "--slots", "2", "--prompt-tokens", "160", "--tokens", "8"),
+    ("--prompts", "1", "--lengths", "2", "--tokens", "8"),
+)
+
+
+def rehearsed() -> dict[str, Any]:
+    """The options of a rehearsal, but for those that are given."""
+    model = harness.synthetic_model(2, synthetic_gguf.SMALL)
+    return {"model": model, "draft": model, "deepen": 3, "tokens": [288], "rounds": 1, "minutes": 30.0}
+
+
 def steps(options: argparse.Namespace) -> list[Step]:
     """All that is checked."""
-    model = str(harness.synthetic_model(options.layers))
+    work = REHEARSAL if options.rehearse else WORK
+    shape = (2, synthetic_gguf.SMALL) if options.rehearse else (options.layers, synthetic_gguf.LLAVA_7B)
+    model = str(harness.synthetic_model(*shape))
     tokens = [str(n) for n in sorted(options.tokens)]
-    chosen = options.test or [str(SCRIPTS.parent / "tests" / "native")]
+    chosen = options.test or [str(SCRIPTS.parent / "tests" / "native" / test) for test in work.tests]
     tests = ("-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", *chosen)
     methods = ("--methods", "mixed", "paper")
     on_device = ("-m", model, "--gpu-layers", ALL)
@@ -68,16 +99,19 @@ def steps(options: argparse.Namespace) -> list[Step]:
             (str(SCRIPTS / "bench_kv.py"), "selection", *on_device, "--tokens", *tokens, *methods, *rounds),
             0.3,
         ),
-        Step("Passes over a few tokens", (str(SCRIPTS / "bench_pass.py"), *on_device, *rounds, *library), 0.15),
+        Step(
+            "Passes over a few tokens",
+            (str(SCRIPTS / "bench_pass.py"), *on_device, *rounds, *work.passes, *library),
+            0.15,
+        ),
     ]
     if options.model:
-        batch = (str(SCRIPTS / "bench_batch.py"), "-m", str(options.model), "--requests", "8", *rounds)
+        batch = (str(SCRIPTS / "bench_batch.py"), "-m", str(options.model), *work.requests, *rounds)
         found.append(Step("Many requests at once", batch, 0.2, file="--out"))
     if options.draft:
-        few = ("--prompts", "4", "--lengths", "4", "--gpu-layers", ALL)
         drafts = (
             *(str(SCRIPTS / "bench_spec.py"), "speed"),
-            *("-m", str(deepened(options)), "--draft", str(options.draft), *few),
+            *("-m", str(deepened(options)), "--draft", str(options.draft), *work.drafts, "--gpu-layers", ALL),
         )
         found.append(Step("Drafts", drafts, 0.3, file="--out"))
     return found
@@ -88,7 +122,9 @@ def deepened(options: argparse.Namespace) -> Path:
     model: Path = options.model
     if not options.deepen:
         return model
-    name = f"{model.stem}-{options.deepen}-layers"
+    # Another file of that name, or another version of it, is another model.
+    version = hashlib.sha256(f"{model.resolve()} {model.stat().st_mtime_ns}".encode()).hexdigest()[:8]
+    name = f"{model.stem}-{version}-{options.deepen}-layers"
     return harness.kept_model(name, lambda path: deepen_gguf.deepen(model, path, options.deepen))
 
 
@@ -163,7 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-m", "--model", type=Path, metavar="GGUF", help="that answers, for requests and drafts")
     parser.add_argument("--draft", type=Path, metavar="GGUF", help="drafts for it")
     parser.add_argument("--deepen", type=int, metavar="LAYERS", help="of the target of drafts; as many as it has")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="all steps in small: whether they run, within 30 minutes"
+    )
     options = parser.parse_args(arguments)
+    if options.rehearse:
+        parser.set_defaults(**rehearsed())
+        options = parser.parse_args(arguments)
     if not options.model and (options.draft or options.deepen):
         parser.error("--draft and --deepen need the model that is drafted for (-m)")
     for path in filter(None, (options.model, options.draft)):

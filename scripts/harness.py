@@ -91,9 +91,9 @@ def first_text(model: Model, n_tokens: int, start: int = 0) -> str:
     return b"".join(map(model.piece, first_tokens(model, n_tokens, start))).decode(errors="ignore")
 
 
-def synthetic_model(n_layer: int) -> Path:
-    """A model with the shape of LLaVA-7B's layers and random weights."""
-    return kept_model(f"llava-7b-{n_layer}-layers", lambda path: synthetic_gguf.write_llava_7b(path, n_layer))
+def synthetic_model(n_layer: int, shape: synthetic_gguf.Shape = synthetic_gguf.LLAVA_7B) -> Path:
+    """A model with random weights."""
+    return kept_model(f"{shape.name}-{n_layer}-layers", lambda path: synthetic_gguf.write(path, n_layer, shape))
 
 
 def kept_model(name: str, write: Callable[[Path], None]) -> Path:

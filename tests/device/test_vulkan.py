@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import synthetic_gguf
+
 TESTS = Path(__file__).resolve().parents[1]
 
 # Scores over quantized keys are left out: Vulkan quantizes the queries for them, which is coarser than the bounds.
@@ -62,6 +66,16 @@ COUNT_DEVICES = """
 import llama_cpp
 llama_cpp.llama_backend_init()
 assert llama_cpp.llama_supports_gpu_offload(), "ggml sees no Vulkan device"
+"""
+
+TELL_OF_FLASH_ATTENTION = """
+import ctypes, sys
+import llama_cpp as llama
+llama.llama_backend_init()
+log = llama.llama_log_callback(lambda level, text, data: "Flash Attention" in (line := text.decode()) and print(line))
+llama.llama_log_set(log, ctypes.c_void_p())
+model = llama.llama_model_load_from_file(sys.argv[1].encode(), llama.llama_model_default_params())
+llama.llama_init_from_model(model, llama.llama_context_default_params())
 """
 
 
@@ -118,6 +132,15 @@ def test_without_a_device_the_cpu_answers_and_it_is_said(environment: dict[str, 
     on_the_cpu = [*command, "--gpu-layers", "0"]  # as was asked for
     done = subprocess.run(on_the_cpu, env={**environment, "VK_ICD_FILENAMES": "/none"}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_model_of_a_rehearsal_needs_no_flash_attention(environment: dict[str, str], tmp_path: Path) -> None:
+    """In which Mesa 22.3 crashes: what scripts/check_device.py --rehearse runs has to do without."""
+    model = tmp_path / "small.gguf"
+    synthetic_gguf.write(model, 1, synthetic_gguf.SMALL)
+    command = [sys.executable, "-c", TELL_OF_FLASH_ATTENTION, str(model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "Flash Attention not supported, set to disabled" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import bench_kv
+import bench_pass
 import check_device
+import gguf
 import harness
 import pytest
+import synthetic_gguf
 from check_device import Step
+
+TEXT = "demo-text-q8_0.gguf"
 
 TAKES_LONG = """
 import json, pathlib, subprocess, sys, time
@@ -56,14 +63,14 @@ def test_a_step_that_takes_too_long_keeps_its_rows(tmp_path: Path, capsys: pytes
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    values: dict[str, Any] = {"layers": 1, "tokens": [2048, 512], "rounds": 1, "test": None}
+    values: dict[str, Any] = {"layers": 1, "tokens": [2048, 512], "rounds": 1, "test": None, "rehearse": False}
     return argparse.Namespace(**values | {"model": None, "draft": None, "deepen": None} | changes)
 
 
 def test_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a command that its script accepts; prompts come in the order of their lengths."""
     model = tmp_path / "model.gguf"
-    monkeypatch.setattr(harness, "synthetic_model", lambda n_layer: model)
+    monkeypatch.setattr(harness, "synthetic_model", lambda n_layer, shape: model)
     found = {step.name: step for step in check_device.steps(options())}
     assert list(found) == ["Tests", "Decoding", "Selection", "Passes over a few tokens"]
     for name in ("Decoding", "Selection"):
@@ -113,3 +120,103 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     assert [(row["Prompt tokens"], row["Method"]) for row in rows] == [(64, "mixed"), (64, "paper")]
     assert len(rows[0]["rounds"]["selection"]) == 1
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where models to measure with are kept, empty."""
+    monkeypatch.setenv("EDGE_SHIFTKV_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step runs to its end and measures, here on the CPU."""
+    monkeypatch.setattr(check_device, "device", lambda: {})
+    out = tmp_path / "device.json"
+    status = check_device.main(["--rehearse", "--out", str(out)])
+    found = json.loads(out.read_text())["steps"]
+    assert {name: step["output"] for name, step in found.items() if step["status"]} == {} and status == 0
+    tests, decoding, selection, passes, requests, drafts = found.values()
+    assert "2 passed" in tests["output"]
+    assert [row["Prompt tokens"] for row in decoding["measured"]["rows"]] == [288]
+    assert [row["Method"] for row in selection["measured"]["rows"]] == ["mixed", "paper"]
+    assert [len(times) for times in passes["measured"]["seconds"]["patched"].values()] == [1, 1, 1]
+    assert [(row["way"], row["tokens"]) for row in requests["measured"]] == [
+        ("one by one, full cache", 16),
+        ("2 slots, uncut", 16),
+        ("2 slots, cut to 128", 16),
+    ]
+    variants = {row["variant"]: row["draft"] for row in drafts["measured"]}
+    assert list(variants) == ["alone", "planned", "planned, disagree", "2 tokens"]
+    assert variants["2 tokens"]["drafted"] > 0
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_is_given_counts_in_a_rehearsal(monkeypatch: pytest.MonkeyPatch, demo: Path) -> None:
+    monkeypatch.setattr(check_device, "device", lambda: {})
+    chosen: dict[str, tuple[str, ...]] = {}
+
+    def record(steps: list[Step], seconds: float, *_: Any) -> int:
+        chosen.update({step.name: step.command for step in steps}, seconds=(str(seconds),))
+        return 0
+
+    monkeypatch.setattr(check_device, "check", record)
+    given = ["--test", "tests/one.py", "--tokens", "300", "-m", str(demo / TEXT), "--deepen", "5", "--minutes", "1"]
+    assert check_device.main(["--rehearse", *given]) == 0
+    assert chosen["seconds"] == ("60.0",)
+    assert chosen["Tests"][-1] == "tests/one.py" and "300" in chosen["Decoding"]
+    assert str(demo / TEXT) in chosen["Many requests at once"]
+    target = Path(chosen["Drafts"][chosen["Drafts"].index("-m") + 1])
+    assert n_layers(target) == 5 and target.name.startswith(Path(TEXT).stem)
+
+
+@pytest.mark.usefixtures("cache")
+def test_models_of_the_same_name_are_deepened_each(tmp_path: Path, demo: Path) -> None:
+    """Also one that was written over."""
+    paths = [tmp_path / name / "model.gguf" for name in ("one", "other")]
+    contents = [demo / TEXT, harness.synthetic_model(2, synthetic_gguf.SMALL)]
+    for path, content in zip(paths, contents, strict=True):
+        path.parent.mkdir()
+        shutil.copy(content, path)
+        os.utime(path, (0, 0))
+    first, second = (check_device.deepened(options(model=path, deepen=5)) for path in paths)
+    assert [embedding_length(path) for path in (first, second)] == [192, 160]
+    assert check_device.deepened(options(model=paths[0], deepen=5)) == first
+    shutil.copy(contents[1], paths[0])
+    assert embedding_length(check_device.deepened(options(model=paths[0], deepen=5))) == 160
+
+
+def n_layers(path: Path) -> Any:
+    return gguf.GGUFReader(path).fields["llama.block_count"].contents()
+
+
+def embedding_length(path: Path) -> Any:
+    return gguf.GGUFReader(path).fields["llama.embedding_length"].contents()
+
+
+def test_passes_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round that is cut off leaves what it had measured, and that makes a table."""
+
+    class Slow:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def seconds(self, n_tokens: int) -> float:
+            measured.append(n_tokens)
+            if len(measured) == 5:
+                raise KeyboardInterrupt
+            return n_tokens / 1000
+
+    measured: list[int] = []
+    monkeypatch.setattr(bench_pass, "Library", Slow)
+    out = tmp_path / "passes.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench_pass.main(["-m", "model.gguf", "--tokens", "1", "2", "8", "--rounds", "2", "--json", str(out)])
+    written = json.loads(out.read_text())
+    assert written["seconds"] == {"patched": {"1": [0.001, 0.001], "2": [0.002], "8": [0.008]}}
+    assert "| 8 | 8.0 | 8.00 (8.00 to 8.00) |" in check_device.table(written)
+
+    written["seconds"]["patched"] |= {"2": [], "8": []}
+    assert check_device.table(written).splitlines()[-1] == "| 1 | 1.0 | 1.00 (1.00 to 1.00) |"
