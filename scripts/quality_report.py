@@ -16,6 +16,7 @@ Key = tuple[str, str]
 """A method, with the KV type where that is not f16, and a budget."""
 
 WHOLE = "all"  # the budget of full caches
+DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,22 @@ def plot_pairs(path: Path, task: Task) -> None:
 
 
 def plot_bytes(path: Path, task: Task) -> None:
-    """Score against bytes, one line a method and KV type; full caches are its ends."""
+    """Score against bytes, a colour for each method and a dash for each KV type; full caches are stars."""
     figure, axes = _figure(task)
-    for name in dict.fromkeys(name for name, _ in task.means):
+    names = {name: tuple(name.partition(", ")[::2]) for name, _ in task.means}
+    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(m for m, _ in names.values() if m != "full"))}
+    kv_types = list(dict.fromkeys(kv_type for _, kv_type in names.values()))
+    for name, (method, kv_type) in names.items():
         points = sorted((share, task.means[key].mean) for key, share in task.bytes_of.items() if key[0] == name)
-        style = "*" if name.startswith("full") else "o-"
-        axes.plot([x for x, _ in points], [100 * y for _, y in points], style, label=name, markersize=5)
+        axes.plot(
+            [x for x, _ in points],
+            [100 * y for _, y in points],
+            linestyle=DASHES[kv_types.index(kv_type) % len(DASHES)],
+            marker="*" if method == "full" else "o",
+            color=colours.get(method, "black"),
+            label=name,
+            markersize=8 if method == "full" else 4,
+        )
     axes.set_xlabel("bytes, as a share of the full cache in f16")
     figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=110)
@@ -155,5 +166,5 @@ def _figure(task: Task) -> tuple[Any, Any]:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
-    axes.set(ylabel="score, %", ylim=(0, 100), title=f"{task.suite}: {task.name}")
+    axes.set(ylabel="score, %", ylim=(0, 103), title=f"{task.suite}: {task.name}")
     return figure, axes
