@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import batch_kills
 import psutil
 import pytest
 from batch_kills import answers, entries, run_with_kills
@@ -595,11 +596,12 @@ def test_the_worker_is_not_told_of_ctrl_c_while_it_starts(model, requests, tmp_p
 def test_the_worker_ends_with_its_parent(model, requests, tmp_path):
     """Also one that never says anything again."""
     code = (
-        "import sys; sys.path[:0] = [sys.argv.pop(1)]; import test_jobs; from edge_shiftkv import cli; "
+        "import sys; sys.path[:0] = sys.argv.pop(1).split(';'); import test_jobs; from edge_shiftkv import cli; "
         "from edge_shiftkv.batch import worker; worker.serve = test_jobs.hanging; cli.main(sys.argv[1:])"
     )
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), "batch", *model, str(requests), "-o", str(out)]
+    folders = f"{Path(__file__).parent};{Path(batch_kills.__file__).parent}"
+    command = [sys.executable, "-c", code, folders, "batch", *model, str(requests), "-o", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (out.exists() and out.stat().st_size):
         assert process.poll() is None
