@@ -12,6 +12,7 @@ PAGE = (ROOT / "docs" / "quality-tables.md").read_text(encoding="utf-8")
 SECTIONS = {
     "## Pictures: the demo model": ("demo.csv", 5),
     "### At equal bytes": ("demo-bytes.csv", 1),
+    "### Texts at equal bytes": ("text-bytes.csv", 1),
     "## Texts: ": ("text-long.csv", 1),
     "Shorter, about 500 tokens": ("text.csv", 1),
     "The 1.5B model, texts of 1,000 tokens": ("text-long.csv", 1),
@@ -43,7 +44,7 @@ def test_tables_of_a_suite(begin):
     known = measured(name)
     part = PAGE[PAGE.index(begin) :]
     tables = re.findall(
-        r"^\*\*([\w-]+), ([\w ]+)\*\*: full cache (.*?), n.*\n\n(?:full, .*\n\n)*\| method (.*)\n.*\n((?:\|.*\n)+)",
+        r"^\*\*([\w-]+), ([\w ]+)\*\*: full cache (.*?), n.*\n\n(?:full[,:] .*\n\n)*\| method (.*)\n.*\n((?:\|.*\n)+)",
         part,
         re.MULTILINE,
     )
