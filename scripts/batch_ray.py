@@ -291,7 +291,7 @@ def _connect(arguments: argparse.Namespace, source: Rows) -> None:
     logger = logging.getLogger("ray.data")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if handler.name == "console":  # Ray's own
             handler.addFilter(_is_no_error)
     ray.data.DataContext.get_current().enable_progress_bars = False
     there = ray.cluster_resources()
