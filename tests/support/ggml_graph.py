@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
@@ -107,21 +107,36 @@ class Weights:
         """Return the product with each of the float32 rows of `columns`, which may have more dimensions."""
         columns = np.ascontiguousarray(columns, np.float32)
         result = np.empty((*columns.shape[:-1], self.n_rows), np.float32)
-        backend = _cpu_init()
         with _context() as context:
             source = _new(context, gguf.GGMLQuantizationType.F32, *columns.shape[::-1])
             product = _mul_mat(context, self.tensor, source)
-            graph = _new_graph(context)
-            _expand(graph, product)
-            buffer = _alloc(context, _cpu_type())
-            _set(source, columns.ctypes.data, 0, columns.nbytes)
-            _cpu_threads(backend, n_threads)
-            _cpu_reference(backend, reference)
-            assert _compute(backend, graph) == 0
-            _get(product, result.ctypes.data, 0, result.nbytes)
-            _free_buffer(buffer)
-        _free_backend(backend)
+            _run(context, product, {source: columns}, result, n_threads, reference=reference)
         return result
+
+
+def _run(
+    context: int,
+    product: int,
+    sources: Mapping[int, np.ndarray],
+    result: np.ndarray,
+    n_threads: int,
+    *,
+    reference: bool = False,
+) -> None:
+    """Fill tensors and compute a product of theirs into `result`."""
+    backend = _cpu_init()
+    graph = _new_graph(context)
+    _expand(graph, product)
+    buffer = _alloc(context, _cpu_type())
+    for tensor, array in sources.items():
+        data = np.ascontiguousarray(array)
+        _set(tensor, data.ctypes.data, 0, data.nbytes)
+    _cpu_threads(backend, n_threads)
+    _cpu_reference(backend, reference)
+    assert _compute(backend, graph) == 0
+    _get(product, result.ctypes.data, 0, result.nbytes)
+    _free_buffer(buffer)
+    _free_backend(backend)
 
 
 def attention(
@@ -138,7 +153,6 @@ def attention(
     kinds: the types of keys and values.
     mask: [n, T] in float16, added to the logits.
     """
-    backend = _cpu_init()
     with _context() as context:
 
         def new(kind: gguf.GGMLQuantizationType, array: np.ndarray, n_values: int) -> int:
@@ -157,17 +171,7 @@ def attention(
         }
         result = np.empty((queries.shape[1], len(queries), d_value), np.float32)
         product = _attention(context, *sources, d**-0.5, 0.0, softcap)
-        graph = _new_graph(context)
-        _expand(graph, product)
-        buffer = _alloc(context, _cpu_type())
-        for tensor, array in sources.items():
-            data = np.ascontiguousarray(array)
-            _set(tensor, data.ctypes.data, 0, data.nbytes)
-        _cpu_threads(backend, n_threads)
-        assert _compute(backend, graph) == 0
-        _get(product, result.ctypes.data, 0, result.nbytes)
-        _free_buffer(buffer)
-    _free_backend(backend)
+        _run(context, product, sources, result, n_threads)
     return result
 
 
